@@ -1,0 +1,224 @@
+"""Model-agnostic meta-learning for any module whose forward(x, y) returns (logits, loss). This docstring is the lesson.
+
+A task is one batch of one domain, its rows cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
+
+    inner    phi_0 = theta                                          learn chunk after chunk, as any LLM is trained
+             phi_k+1 = update(phi_k, g_k),  g_k = grad L_k(phi_k)   (update: SGD or AdamW, with a schedule)
+    outer    L_K(phi_K), or the mean of all L_k(phi_k)              how well, or how fast, the task was learned
+             theta <- AdamW(theta, d outer / d theta)               differentiated through the whole inner loop
+
+Finn et al. 2017 (arXiv 1703.03400) take the first outer loss, objective='final'. objective='every' is the area under
+the task's learning curve (the multi-step loss of Antoniou et al. 2019, arXiv 1810.09502, section 4, with equal weights):
+every token is predicted once, just before it is learned. With K = 0 both are L_0(theta): plain training, bit for bit.
+
+Three things make it possible:
+- functional_call(model, phi, (x, y)) runs the model with phi in the place of its parameters. optimizer.step() would
+  write phi into the tensors of theta, and what is overwritten has no derivative; here every phi_k is a new tensor and
+  the path phi_K -> ... -> phi_0 = theta stays whole. Tied weights stay tied.
+- torch.func.grad(loss)(phi, x, y) is itself a function of phi, so it can be differentiated again. MAML is nothing else:
+  see meta_grad below, the definition. It is exact, and it keeps every graph of the episode in memory.
+- `Gradient` therefore gives the gradient a backward of its own. Where loss and g leave with cotangents dloss and dg,
+  phi receives dloss * g (known already) + H dg, the derivative of the gradient in the direction dg: a Hessian-vector
+  product, computed afresh from phi when it is asked for. Memory then holds one step's activations, whatever K is.
+
+What it costs, in forwards F of one chunk (a gradient is 3 F, a Hessian-vector product with its own gradient 9 F):
+
+    plain training       3 (K + 1)
+    first_order=True     3 (K + 1)    H dg taken as zero (FOMAML: Finn et al. 5.2, Nichol et al. 2018, arXiv 1803.02999)
+    second order        12 K + 3      and one more copy of the parameters per inner step, but no more activations
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn as nn
+from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Tensors = dict[str, torch.Tensor]  # by parameter name, as in dict(model.named_parameters())
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the learner: a module from a task to a scalar
+
+
+class MAML(nn.Module):
+    """forward maps one task, x and y of (B, ...) with B a multiple of inner_steps + 1, to its outer loss.
+
+    learn_inner_lr: inner_lr is where log_inner_lr[k, i] starts, the learned rate of inner step k for parameter tensor i
+    (Li et al. 2017, Meta-SGD, arXiv 1707.09835; per step as in Antoniou et al. 2019). inner_clip bounds the norm of a
+    whole inner gradient, 0 does not; `clipped` counts. autocast is the dtype of the products inside the loss.
+    AdamW inside starts afresh with every task, unless second_moment holds v by name (as trained by an outer AdamW). The
+    first step of a fresh AdamW is sign(g), whose derivative is zero: with K = 1 second order then *is* first order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_steps: int = 1,
+        inner_lr: float = 0.02,
+        inner_optimizer: str = "sgd",  # 'sgd' | 'adamw'
+        inner_schedule: str = "constant",  # 'constant' | 'cosine', after inner_warmup steps of linear warm-up
+        inner_warmup: int = 0,
+        inner_clip: float = 0.0,
+        inner_weight_decay: float = 0.0,
+        first_order: bool = False,
+        objective: str = "every",  # 'final' | 'every'
+        learn_inner_lr: bool = False,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
+    ):
+        super().__init__()
+        for value, known in ((inner_optimizer, UPDATES), (inner_schedule, SCHEDULES), (objective, OBJECTIVES)):
+            if value not in known:
+                raise ValueError(f"{value!r} is unknown to MAML: choose {' or '.join(map(repr, known))}")
+        if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_clip, inner_weight_decay) < 0:
+            raise ValueError(
+                "inner_lr must be positive, and inner_steps, _warmup, _clip and _weight_decay not negative"
+            )
+        if inner_steps and not first_order and any(getattr(m, "p", 0) > 0 for m in model.modules()):
+            raise ValueError("dropout would draw anew for the Hessian: set dropout=0.0, or first_order=True")
+        self.model, self.inner_steps, self.first_order, self.objective = model, inner_steps, first_order, objective
+        self.update, self.inner_lr, self.inner_weight_decay = UPDATES[inner_optimizer], inner_lr, inner_weight_decay
+        self.schedule, self.inner_warmup, self.inner_clip = SCHEDULES[inner_schedule], inner_warmup, inner_clip
+        self.autocast, self.second_moment, self.clipped = autocast, None, 0
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]  # frozen ones stay as they are
+        self.log_inner_lr = None
+        if learn_inner_lr and inner_steps:
+            self.log_inner_lr = nn.Parameter(torch.full((inner_steps, len(self.names)), math.log(inner_lr)))
+        if compile:  # whole functions with the torch.func.grad in them: a compiled loss under it would run uncompiled
+            for function in ("loss", "gradient", "hessian_product"):
+                setattr(self, function, torch.compile(getattr(self, function)))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, unrolled: bool = False) -> torch.Tensor:
+        xs, ys = chunks(x, self.inner_steps + 1), chunks(y, self.inner_steps + 1)
+        losses, phi = [], self.theta()
+        for loss, phi in self.trajectory(xs[:-1], ys[:-1], unrolled):  # noqa: B007
+            losses.append(loss)
+        losses.append(self.loss(phi, xs[-1], ys[-1]))
+        return torch.stack(losses).mean() if self.objective == "every" else losses[-1]
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> Tensors:
+        """phi_K, for functional_call(model, phi, ...), after learning x, y (B, ...) in inner_steps equal chunks."""
+        phi = self.theta()
+        for _, phi in self.trajectory(chunks(x, self.inner_steps), chunks(y, self.inner_steps)):  # noqa: B007
+            pass
+        return phi
+
+    def trajectory(self, xs, ys, unrolled: bool = False) -> Iterator[tuple[torch.Tensor, Tensors]]:
+        """The inner loop, the only one. For each chunk: its loss before it is learned, and the parameters after."""
+        gradient = self.unrolled_gradient if unrolled else partial(Gradient.apply, self)
+        phi, nothing = self.theta(), [0.0] * len(self.names)
+        # AdamW's m and v and the number of gradients in them; a lent v has been averaged over many
+        state = (nothing, nothing, 0, 0) if self.second_moment is None else (nothing, self.second_moment, 0, math.inf)
+        for k, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            loss, *g = gradient(x, y, *phi.values())
+            if self.inner_clip:
+                norm = torch.stack([t.square().sum() for t in g]).sum().sqrt()
+                self.clipped = self.clipped + (norm.detach() > self.inner_clip)
+                g = [t * (self.inner_clip / norm.clamp(min=self.inner_clip)) for t in g]
+            stepped, state = self.update(phi.values(), g, self.rates(k), self.inner_weight_decay, state)
+            phi = dict(zip(self.names, stepped, strict=True))
+            yield loss, phi
+
+    def theta(self) -> Tensors:
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self.names}
+
+    def rates(self, k: int):
+        """The learning rate of inner step k for each parameter tensor: floats, or the learned scalars."""
+        w = self.inner_warmup
+        factor = (k + 1) / (w + 1) if k < w else self.schedule((k - w) / max(1, self.inner_steps - w))
+        if self.log_inner_lr is None:
+            return [self.inner_lr * factor] * len(self.names)
+        return (self.log_inner_lr[k].exp() * factor).unbind()
+
+    # what is computed of one chunk, each a pure function of phi, and each compiled whole
+
+    def loss(self, phi: Tensors, x, y) -> torch.Tensor:
+        kind = x.device.type
+        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            return functional_call(self.model, phi, (x, y))[1]
+
+    def gradient(self, phi: Tensors, x, y) -> tuple[Tensors, torch.Tensor]:
+        return grad_and_value(self.loss)(phi, x, y)
+
+    def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> Tensors:
+        """H v. The Hessian is symmetric, so forward mode over reverse and reverse over reverse agree; the first is best
+        once compiled (no tape at all), the second eagerly. MATH, as the fused kernels have no second derivative; inside,
+        since an sdpa_kernel context around a compiled function is not seen by it."""
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            if torch.compiler.is_compiling():
+                return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))[1]
+            phi = {n: t.detach().requires_grad_() for n, t in phi.items()}
+            g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
+            return dict(zip(phi, torch.autograd.grad(g, phi.values(), v.values(), materialize_grads=True), strict=True))
+
+    def unrolled_gradient(self, x, y, *phi):
+        with sdpa_kernel(SDPBackend.MATH):
+            g, loss = grad_and_value(self.loss)(dict(zip(self.names, phi, strict=True)), x, y)
+        return loss, *(t.detach() if self.first_order else t for t in g.values())
+
+
+class Gradient(torch.autograd.Function):
+    """(learner, x, y, *phi) -> (loss, *g), with the backward dloss * g + H dg that the lesson derives."""
+
+    @staticmethod
+    def forward(ctx, learner, x, y, *phi):
+        g, loss = learner.gradient(dict(zip(learner.names, phi, strict=True)), x, y)
+        ctx.learner, ctx.first_order, ctx.batch = learner, learner.first_order, (x, y)
+        ctx.save_for_backward(*g.values(), *(() if ctx.first_order else phi))
+        ctx.set_materialize_grads(False)  # a cotangent that is zero arrives as None
+        return loss, *g.values()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss, *dg):
+        names, saved = ctx.learner.names, ctx.saved_tensors
+        g, phi = saved[: len(names)], saved[len(names) :]
+        dphi = [None] * len(names) if dloss is None else [dloss * t for t in g]
+        if not ctx.first_order and any(d is not None for d in dg):
+            v = {n: torch.zeros_like(p) if d is None else d for n, p, d in zip(names, phi, dg, strict=True)}
+            hv = ctx.learner.hessian_product(dict(zip(names, phi, strict=True)), v, *ctx.batch).values()
+            dphi = [h if d is None else d + h for d, h in zip(dphi, hv, strict=True)]
+        return None, None, None, *dphi
+
+
+def meta_grad(learner: MAML, x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """(grads, loss) of the outer loss by learner.named_parameters(): MAML by torch.func alone, exact and unrolled.
+
+    The definition that learner(x, y).backward() is tested against; its memory grows by a whole graph per inner step.
+    """
+    theta = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
+    return grad_and_value(lambda theta: functional_call(learner, theta, (x, y), {"unrolled": True}))(theta)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# inner updates: new tensors from old ones, so that autograd can follow
+
+
+def sgd(phi, g, lr, weight_decay, state):
+    return [p * (1 - a * weight_decay) - a * t for p, t, a in zip(phi, g, lr, strict=True)], state
+
+
+def adamw(phi, g, lr, weight_decay, state):
+    """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2). eps_root keeps the root's derivative finite at g = 0."""
+    beta1, beta2, eps, eps_root = 0.9, 0.95, 1e-8, 1e-16
+    m, v, t, t_v = *state[:2], state[2] + 1, state[3] + 1
+    m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g, strict=True)]
+    v = [beta2 * a + (1 - beta2) * b * b for a, b in zip(v, g, strict=True)]
+    c, c_v = 1 - beta1**t, 1 - beta2**t_v
+    steps = [(a / c) / ((b / c_v + eps_root).sqrt() + eps) for a, b in zip(m, v, strict=True)]
+    return sgd(phi, steps, lr, weight_decay, None)[0], (m, v, t, t_v)
+
+
+def chunks(x, n):
+    if x.size(0) % n:
+        raise ValueError(f"{x.size(0)} rows do not split into {n} equal chunks: make batch_size a multiple of {n}")
+    return x.chunk(n)
+
+
+UPDATES = {"sgd": sgd, "adamw": adamw}
+SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
+OBJECTIVES = ("final", "every")

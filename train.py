@@ -1,0 +1,627 @@
+"""Pretrain a GPT, plainly (inner_steps=0) or by meta-learning: one loop for both, on one process or many.
+
+    python train.py config/maml_demo.py                                    # this machine, whatever it has
+    python train.py config/maml_demo.py --seed=2 --out_dir=out/maml_s2     # every field of Config is a flag
+    python train.py config/maml_demo.py --init_from=resume                 # go on, bit for bit, after a stop
+    torchrun --nproc_per_node=8 train.py config/maml_124m.py               # eight GPUs: the same tasks, the same steps
+
+A step learns from tasks_per_step tasks, each batch_size rows of one domain: task by task the learner's outer loss is
+differentiated and the gradients are averaged. Gradient accumulation over tasks is MAML's meta-batch, and DDP's ranks
+share the tasks out. Every draw is a pure function of (seed, split, step, task), so that resuming needs no state but the
+step, evaluating cannot move training, and the number of processes does not change the data.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from maml import MAML
+from model import GPT, GPTConfig
+from prepare_data import open_shard
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration: defaults here, a Python file of assignments over them, --key=value over both
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # the run
+    out_dir: str = "out/run"  # where log.jsonl and the checkpoints go
+    init_from: str = "scratch"  # 'scratch', 'resume' (from out_dir), or the path of a checkpoint, nanoGPT's too
+    dataset: str = "local"  # data_dir/dataset, as prepare_data.py wrote it
+    data_dir: str = "data"
+    seed: int = 1  # decides initialisation and every draw of training data, not the evaluation's
+    device: str = "auto"  # 'auto' takes cuda, else mps, else cpu
+    dtype: str = "float32"  # of the matrix products: 'float32' or 'bfloat16' (autocast); weights stay float32
+    compile: bool = False  # torch.compile: minutes of waiting, then faster steps; for GPUs and long runs
+    # the model
+    block_size: int = 256  # tokens of a row
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0  # 0 for pretraining; second order needs 0
+    bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
+    # the tasks
+    batch_size: int = 16  # rows of one task, split into inner_steps + 1 chunks; the micro-batch that memory bounds
+    tasks_per_step: int = 8  # the meta-batch: at least the number of train domains where that is affordable
+    max_steps: int = 1000
+    domain_sampling: str = "uniform"  # 'uniform' over train domains or in proportion to their 'size'
+    shuffle_domains: bool = False  # True: every task mixes all domains (the baseline as people do it; the control)
+    # the outer optimizer, AdamW
+    learning_rate: float = 1e-3
+    min_lr: float = 1e-4  # where the cosine ends
+    warmup_steps: int = 50
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # of the meta-gradient's norm; 0 for none
+    # the inner loop; inner_steps=0 is plain training
+    inner_steps: int = 0  # K
+    inner_lr: float = 0.02  # around 0.02 for 'sgd', 1e-3 for 'adamw'
+    inner_optimizer: str = "sgd"  # 'sgd' or 'adamw'
+    inner_schedule: str = "constant"  # 'constant' or 'cosine'
+    inner_warmup: int = 0  # inner steps of linear warm-up
+    inner_weight_decay: float = 0.0
+    inner_clip: float = 0.0  # of each inner gradient's norm; 0 for none
+    inner_warm_start: bool = False  # inner AdamW starts from the outer AdamW's second moment
+    first_order: bool = False  # leave the Hessian out: the baseline's cost exactly
+    first_order_steps: int = 0  # first order until this step, second order after
+    objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' chunk's only
+    learn_inner_lr: bool = False  # a learned rate per parameter tensor and inner step, from inner_lr on
+    inner_lr_lr: float = 0.01  # the outer learning rate of those (they are logarithms)
+    # watching
+    eval_interval: int = 100  # steps between evaluations, each with a checkpoint
+    eval_steps: int = 4  # tasks per domain in an evaluation
+    log_interval: int = 10  # steps between training rows in the log
+
+    def __post_init__(self):
+        for name, known in {"dtype": ("float32", "bfloat16"), "domain_sampling": ("uniform", "size")}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(map(repr, known))}")
+        positive = "block_size n_layer n_head n_embd batch_size tasks_per_step eval_interval eval_steps log_interval"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size % (self.inner_steps + 1):
+            n = self.inner_steps + 1
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}: change either")
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def load_config(argv: list[str]) -> Config:
+    """A Config from ['config/x.py', '--key=value', ...]; ValueError names a wrong key's nearest or a wrong type."""
+    values = {}
+    for arg in argv:
+        if not arg.startswith("--"):
+            if not Path(arg).is_file():
+                raise ValueError(f"no config file {arg}: give a path such as config/maml_demo.py")
+            try:
+                found = runpy.run_path(
+                    arg
+                )  # a namespace of its own; _private names and imports are the file's business
+            except Exception as error:
+                raise ValueError(f"{arg} is not a config file that runs: {type(error).__name__}: {error}") from error
+            found = {k: v for k, v in found.items() if k[0] != "_" and not isinstance(v, ModuleType)}
+            values |= {key: check_field(key, value, arg) for key, value in found.items()}
+            continue
+        key, equals, text = arg[2:].partition("=")
+        if not equals:
+            raise ValueError(f"{arg} has no value: write --{key}=VALUE")
+        try:
+            value = text if key in FIELDS and FIELDS[key].type is str else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text.lower(), text)
+        values[key] = check_field(key, value, "the command line")
+    return Config(**values)
+
+
+def check_field(key: str, value, where: str):
+    if key not in FIELDS:
+        near = difflib.get_close_matches(key, FIELDS, 1)
+        raise ValueError(f"unknown key {key!r} in {where}" + (f": did you mean {near[0]!r}?" if near else ""))
+    kind = FIELDS[key].type
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key} in {where} must be {kind.__name__}, not {type(value).__name__} {value!r}")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a run and how far it has come; start() makes one from a Config."""
+
+    cfg: Config
+    rank: int
+    world_size: int
+    device: torch.device
+    data: "Dataset"
+    learner: MAML
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # outer updates made
+    seconds: float = 0.0  # spent on them, evaluation apart
+    best: float = math.inf  # the lowest mean held-out loss
+
+
+def train(run: Run):
+    cfg, asked_to_stop = run.cfg, []
+    for sig in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send: finish the step, save, go
+        signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+    ddp = DDP(run.learner, broadcast_buffers=False, gradient_as_bucket_view=True) if run.world_size > 1 else run.learner
+    bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    stopping = False
+    while not stopping:
+        if run.step % cfg.eval_interval == 0 or run.step == cfg.max_steps:
+            row = evaluate(run)
+            log(run, {"kind": "val", **progress(run), **row})
+            save_checkpoint(run, row)
+            bar.write(one_line(run, row)) if run.rank == 0 else None
+        if run.step == cfg.max_steps:
+            break
+        began = time.perf_counter()
+        loss, grad_norm, stopping = outer_step(run, ddp, bool(asked_to_stop))
+        run.seconds += (took := time.perf_counter() - began)
+        if run.step % cfg.log_interval == 0:
+            clipped, run.learner.clipped = int(run.learner.clipped), 0
+            row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "clipped": clipped}
+            log(run, {"kind": "train", **progress(run), **row})
+        run.step += 1
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step(cfg) / took:,.0f} tokens/s{utilisation(run, took)}")
+        bar.update()
+    bar.close()
+    if stopping:
+        save_checkpoint(run)
+        print(
+            f"stopped after step {run.step}: the same command with --init_from=resume goes on"
+        ) if run.rank == 0 else None
+
+
+def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
+    """One outer update from tasks_per_step tasks: their mean loss, the gradient's norm, whether a rank must stop."""
+    cfg, n, learner = run.cfg, run.cfg.tasks_per_step, run.learner
+    learner.train()
+    learner.first_order = cfg.first_order or run.step < cfg.first_order_steps
+    if cfg.inner_warm_start and run.step:
+        moments = [run.optimizer.state[p]["exp_avg_sq"] for p in learner.theta().values()]
+        learner.second_moment = [v / (1 - cfg.beta2**run.step) for v in moments]  # torch's v lacks the bias correction
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_factor(cfg, run.step)
+    report = torch.zeros(n + 1, device=run.device)  # a loss per task and the wish to stop: one message for all
+    report[n] = stop
+    mine = range(run.rank, n, run.world_size)
+    for task in mine:
+        if cfg.dropout:
+            torch.manual_seed(int(rng(cfg.seed, "dropout", run.step, task).integers(2**63)))
+        x, y = run.data.task(run.step, task, run.device)
+        # DDP averages over ranks; only the last task's backward need talk to the others
+        with ddp.no_sync() if run.world_size > 1 and task != mine[-1] else nullcontext():
+            loss = ddp(x, y)
+            (loss * (run.world_size / n)).backward()
+        report[task] = loss.detach()
+    if run.world_size > 1:
+        dist.all_reduce(report)
+    grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), cfg.grad_clip or math.inf).item()
+    loss = report[:n].mean().item()
+    if not math.isfinite(loss + grad_norm):
+        raise SystemExit(
+            f"step {run.step}: loss {loss}, gradient norm {grad_norm}. Stopped before the update. Go back to the checkpoint "
+            f"in {cfg.out_dir} with --init_from=resume and a lower learning_rate or inner_lr, or with inner_clip=1.0"
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss, grad_norm, bool(report[n] > 0)
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict:
+    """Nats per token on val, by domain: theta's ('loss'), and after the learner's own inner steps ('adapted').
+
+    The windows are the same for every run and every step. 'loss' takes all of them; 'adapted' learns from the first
+    inner_steps chunks of each task and is measured on its last. The ranks share the tasks out.
+    """
+    learner, K = run.learner.eval(), run.cfg.inner_steps
+    tasks = [(domain, x, y) for domain in run.data.domains for x, y in run.data.val_tasks(domain)]
+    table = torch.zeros(len(tasks), 2, device=run.device)
+    for i in range(run.rank, len(tasks), run.world_size):
+        x, y = (t.to(run.device) for t in tasks[i][1:])
+        table[i, 0] = learner.loss(learner.theta(), x, y)
+        if K:
+            n = x.size(0) // (K + 1)
+            table[i, 1] = learner.loss(learner.adapt(x[:-n], y[:-n]), x[-n:], y[-n:])
+    if run.world_size > 1:
+        dist.all_reduce(table)
+    by_domain = {d: table[[i for i, t in enumerate(tasks) if t[0] == d]].mean(0).tolist() for d in run.data.domains}
+    return {
+        "loss": {d: before for d, (before, _) in by_domain.items()},
+        "adapted": {d: after for d, (_, after) in by_domain.items()} if K else {},
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tasks: pure functions of (seed, split, step, task)
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+
+
+@lru_cache(maxsize=512)  # a memory map holds a file handle: thousands of shards must not exhaust them
+def shard(path: Path) -> np.ndarray:
+    return open_shard(path)
+
+
+class Dataset:
+    """The shards of data_dir/dataset. ValueError or FileNotFoundError say what is missing and how to make it."""
+
+    def __init__(self, cfg: Config):
+        self.root, self.T = Path(cfg.data_dir) / cfg.dataset, cfg.block_size
+        if not (self.root / "meta.json").is_file():
+            raise FileNotFoundError(f"no data at {self.root}: run python prepare_data.py {cfg.dataset}")
+        text = (self.root / "meta.json").read_bytes()
+        self.meta, self.sha256 = json.loads(text), hashlib.sha256(text).hexdigest()
+        self.domains = {d: info["role"] for d, info in self.meta["domains"].items()}
+        self.shards, self.lengths = {}, {}  # by (domain, split): paths, and their tokens
+        for d, info in self.meta["domains"].items():
+            for split in ("train", "val"):
+                paths = [self.root / path for path in info["shards"][split]]
+                for path in paths:
+                    highest = shard(path)[:: max(1, len(shard(path)) // 1000)].max()  # a sample; --verify reads all
+                    if highest >= self.meta["vocab_size"]:
+                        raise ValueError(f"{path} holds id {highest}, beyond the vocabulary: prepare {self.root} again")
+                self.shards[d, split] = paths
+                self.lengths[d, split] = np.array([len(shard(path)) for path in paths], dtype=np.int64)
+        self.train_domains = sorted(d for d, role in self.domains.items() if role == "train")
+        if not self.train_domains:
+            raise ValueError(f"{self.root} has no domain with the role 'train': prepare it with fewer --heldout")
+        size = np.array([self.lengths[d, "train"].sum() for d in self.train_domains], dtype=float)
+        self.share = size / size.sum() if cfg.domain_sampling == "size" else np.full(len(size), 1 / len(size))
+        self.cfg = cfg
+        for d in self.train_domains:  # every task must find its rows, none twice
+            self.windows(d, "train", 1 if cfg.shuffle_domains else cfg.batch_size, rng(0))
+
+    def windows(self, domain: str, split: str, n: int, rng: np.random.Generator, at_most: bool = False) -> np.ndarray:
+        """n rows of T + 1 ids from anywhere in a split, no position in two rows; with at_most fewer if it is small."""
+        lengths = self.lengths[domain, split]
+        offset = rng.integers(min(self.T, max(1, lengths.max(initial=0) - n * self.T)))
+        blocks = np.maximum(lengths - 1 - offset, 0) // self.T  # rows that fit, by shard
+        total = int(blocks.sum())
+        n = min(n, total) if at_most else n
+        if not 0 < n <= total:
+            raise ValueError(
+                f"domain {domain!r} has {lengths.sum():,} {split} tokens, too few for {max(n, 1)} rows of block_size="
+                f"{self.T}: lower block_size or batch_size, or give it more text"
+            )
+        picks = rng.choice(total, n, replace=False)
+        ends = blocks.cumsum()
+        where = np.searchsorted(ends, picks, side="right")
+        starts = offset + (picks - ends[where] + blocks[where]) * self.T
+        paths = self.shards[domain, split]
+        return np.stack([shard(paths[s])[a : a + self.T + 1] for s, a in zip(where, starts, strict=True)])  # (n, T + 1)
+
+    def task(self, step: int, task: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+        """x, y (B, T) of one training task: rows of one domain, or with shuffle_domains of all of them."""
+        cfg = self.cfg
+        B, per_task = cfg.batch_size, cfg.batch_size if cfg.shuffle_domains else 1
+        mine = self.step_domains(step, cfg.tasks_per_step * per_task)[task * per_task : (task + 1) * per_task]
+        draw = rng(cfg.seed, "train", step, task)
+        rows = [self.windows(d, "train", B * mine.count(d) // per_task, draw) for d in sorted(set(mine))]
+        return batch(np.concatenate(rows)[draw.permutation(B)], device)
+
+    def step_domains(self, step: int, n: int) -> list[str]:
+        """The domains of a step's n draws, in proportion to their share, and as evenly as n allows: with equal shares
+        none comes twice before all have come once (systematic sampling over the domains in random order)."""
+        draw = rng(self.cfg.seed, "domains", step)
+        order = draw.permutation(len(self.share))
+        picks = np.searchsorted(self.share[order].cumsum(), (np.arange(n) + draw.random()) / n)
+        return [self.train_domains[order[min(i, len(order) - 1)]] for i in draw.permutation(picks)]
+
+    def val_tasks(self, domain: str):
+        """The evaluation's tasks of a domain: x, y (B, T), the same windows at every step and for every seed."""
+        B, chunks = self.cfg.batch_size, self.cfg.inner_steps + 1
+        rows = self.windows(domain, "val", self.cfg.eval_steps * B, rng("val", domain), at_most=True)
+        B = min(B, len(rows) // chunks * chunks)
+        if not B:
+            raise ValueError(f"the val split of {domain!r} has only {len(rows)} rows of {self.T}: lower block_size")
+        return [batch(rows[i : i + B]) for i in range(0, len(rows) - B + 1, B)]
+
+
+def batch(rows: np.ndarray, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, T + 1) ids -> inputs and next-token targets (B, T)."""
+    ids = torch.from_numpy(rows.astype(np.int64))
+    if torch.device(device).type == "cuda":
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    ids = ids.to(device)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# start, checkpoints, log
+
+
+def start(cfg: Config) -> Run:
+    """Everything that train() needs, from scratch or from a checkpoint; raises ValueError or OSError with a remedy."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.tasks_per_step % world_size:
+        raise ValueError(f"tasks_per_step={cfg.tasks_per_step} must be a multiple of the {world_size} processes")
+    device = pick_device(cfg.device)
+    data = Dataset(cfg)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+    resume, ckpt = Path(cfg.out_dir) / "ckpt.pt", None
+    if cfg.init_from == "resume":
+        previous = resume.with_name("ckpt_prev.pt")  # alone if a kill fell between two renames
+        resume = resume if resume.exists() or not previous.exists() else previous
+        ckpt = load_checkpoint(resume) if resume.exists() else None
+    elif cfg.init_from != "scratch":
+        ckpt = load_checkpoint(Path(cfg.init_from))
+    args = dict(vocab_size=-(-data.meta["vocab_size"] // 64) * 64)  # matrix units like multiples of 64
+    args |= {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig) if f.name in FIELDS}
+    if ckpt:
+        check_checkpoint(ckpt, args, data, cfg)
+        args = ckpt["model_args"] | {"dropout": cfg.dropout}
+    model = GPT(GPTConfig(**args))
+    names = [f.name for f in dataclasses.fields(Config) if f.name in inspect.signature(MAML).parameters]
+    learner = MAML(
+        model,
+        **{name: getattr(cfg, name) for name in names} | {"first_order": cfg.first_order},
+        autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
+    ).to(device)
+    groups = [group | {"peak_lr": cfg.learning_rate} for group in model.parameter_groups(cfg.weight_decay)]
+    if learner.log_inner_lr is not None:
+        groups.append({"params": [learner.log_inner_lr], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
+    betas, fused = (cfg.beta1, cfg.beta2), device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    run = Run(cfg, rank, world_size, device, data, learner, optimizer)
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+    if ckpt and cfg.init_from == "resume":
+        learner.load_state_dict(ckpt["learner"], strict=False)
+        optimizer.load_state_dict(ckpt["optimizer"])
+        run.step, run.seconds, run.best = ckpt["step"], ckpt["seconds"], ckpt["best"]
+    if rank == 0:
+        open_log(run, ckpt)
+        print(summary(run))
+    return run
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} is not to be had here ({error}): leave it at 'auto'") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of ours or of nanoGPT's: tensors and plain values only, so that no code in it can run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: train first, or give the path of a ckpt.pt")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items()}
+        GPT(GPTConfig(**ckpt["model_args"])).load_state_dict(weights)
+    except Exception as error:
+        what = f"{path} is cut short, or no checkpoint of a GPT ({type(error).__name__}: {str(error)[:200]})"
+        raise ValueError(f"{what}: use another one, such as ckpt_prev.pt beside it") from error
+    return ckpt | {"model": weights}
+
+
+def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
+    """A run resumes as what it was; other weights need only fit the data."""
+    old = ckpt["model_args"]
+    if cfg.init_from != "resume":
+        if old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
+            raise ValueError(
+                f"{cfg.init_from} knows {old['vocab_size']} ids and {old['block_size']} positions, too few here"
+            )
+        return
+    now = args | {"learned inner rates": cfg.learn_inner_lr * cfg.inner_steps, "dataset": data.sha256[:12]}
+    rates = ckpt["learner"].get("log_inner_lr", [])
+    for key, value in (old | {"learned inner rates": len(rates), "dataset": ckpt["dataset"]["sha256"][:12]}).items():
+        if now[key] != value:
+            raise ValueError(
+                f"the checkpoint in {cfg.out_dir} has {key}={value}, this run {key}={now[key]}: resume with what it was "
+                "trained with, or start afresh in another out_dir (init_from=<its path> takes over the weights)"
+            )
+
+
+def save_checkpoint(run: Run, row: dict | None = None):
+    """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, and the best by held-out loss as best.pt."""
+    if run.rank:
+        return
+    heldout = [run_loss for d, run_loss in (row or {"loss": {}})["loss"].items() if run.data.domains[d] == "heldout"]
+    best = bool(heldout) and np.mean(heldout) < run.best
+    run.best = float(np.mean(heldout)) if best else run.best
+    ckpt = {
+        "model": run.learner.model.state_dict(),
+        "model_args": dataclasses.asdict(run.learner.model.config),
+        "learner": {k: v for k, v in run.learner.state_dict().items() if not k.startswith("model.")},
+        "optimizer": run.optimizer.state_dict(),
+        "step": run.step,
+        "seconds": run.seconds,
+        "best": run.best,
+        "config": dataclasses.asdict(run.cfg),
+        "dataset": {"name": run.cfg.dataset, "sha256": run.data.sha256},
+    }
+    out = Path(run.cfg.out_dir)
+    temporary, current = out / "ckpt.pt.tmp", out / "ckpt.pt"
+    try:
+        for path in [out / "best.pt"] * best + [current]:
+            torch.save(ckpt, temporary)
+            if path.exists() and path == current:
+                os.replace(current, out / "ckpt_prev.pt")
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"step {run.step}: cannot write {current} ({error}): the one before is whole") from None
+
+
+def open_log(run: Run, ckpt: dict | None):
+    """Start log.jsonl, or cut it back to the checkpoint that the run resumes from."""
+    cfg, out = run.cfg, Path(run.cfg.out_dir)
+    path = out / "log.jsonl"
+    if cfg.init_from == "resume" and ckpt and path.exists():
+        header, *rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        rows = [r for r in rows if r["step"] < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
+    else:
+        if path.exists():  # nothing is lost: an earlier run steps aside
+            n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
+            out.rename(f"{out}.{n}")
+            print(f"the earlier run in {out} is now {out}.{n}")
+        out.mkdir(parents=True, exist_ok=True)
+        rows = []
+        here = Path(__file__).parent
+        describe = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
+        device = (
+            torch.cuda.get_device_name() if run.device.type == "cuda" else f"{platform.machine()} {run.device.type}"
+        )
+        info = run.data.meta["domains"].items()
+        size = {d: sum(v["bytes"].values()) / max(1, sum(v["tokens"].values())) for d, v in info if v.get("bytes")}
+        dataset = {k: run.data.meta[k] for k in ("tokenizer", "vocab_size")}
+        header = {
+            "kind": "run",
+            "config": dataclasses.asdict(cfg),
+            "commit": commit or "unknown",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "device": f"{run.world_size} x {device}",
+            "params": sum(p.numel() for p in run.learner.model.parameters()),
+            "flops_per_token": run.learner.model.flops_per_token(cfg.block_size),
+            "dataset": {"name": cfg.dataset, **dataset, "roles": run.data.domains, "bytes_per_token": size},
+        }
+    temporary = path.with_name("log.jsonl.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+    os.replace(temporary, path)
+
+
+def log(run: Run, row: dict):
+    if run.rank == 0:
+        with open(Path(run.cfg.out_dir) / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# counting and telling
+
+
+def tokens_per_step(cfg: Config) -> int:
+    return cfg.tasks_per_step * cfg.batch_size * cfg.block_size
+
+
+def progress(run: Run) -> dict:
+    """Where a row stands: support tokens are counted like all others, and FLOPs as maml.py's lesson has them."""
+    cfg, step, K = run.cfg, run.step, run.cfg.inner_steps
+    first = step if cfg.first_order else min(step, cfg.first_order_steps)
+    forwards = 3 * first + (12 * K + 3) / (K + 1) * (step - first)  # per token
+    flops = forwards * tokens_per_step(cfg) * run.learner.model.flops_per_token(cfg.block_size)
+    return {"step": step, "tokens": step * tokens_per_step(cfg), "flops": flops, "seconds": round(run.seconds, 3)}
+
+
+def lr_factor(cfg: Config, step: int) -> float:
+    """Linear warm-up, then a cosine from 1 to min_lr / learning_rate at max_steps."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    t = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    floor = cfg.min_lr / cfg.learning_rate
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
+
+
+def utilisation(run: Run, seconds: float) -> str:
+    """Model FLOPs utilisation of the last step, on cards whose peak we know."""
+    name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
+    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    done = dataclasses.replace(run, step=run.step + 1)
+    flops = progress(done)["flops"] - progress(run)["flops"]
+    return f", {flops / seconds / peak / run.world_size:.1%} MFU" if peak else ""
+
+
+def one_line(run: Run, row: dict) -> str:
+    """step 200 | train 2.310 -> 2.290 | ...: the mean loss by role, before -> after the learner's own inner steps."""
+    parts = [f"step {run.step}"]
+    for role in ("train", "tune", "heldout"):
+        domains = [d for d, r in run.data.domains.items() if r == role]
+        means = [np.mean([row[key][d] for d in domains]) for key in ("loss", "adapted") if domains and row[key]]
+        parts += [f"{role} " + " -> ".join(f"{mean:.3f}" for mean in means)] if means else []
+    return " | ".join(parts)
+
+
+def summary(run: Run) -> str:
+    cfg, model = run.cfg, run.learner.model
+    roles = list(run.data.domains.values())
+    count = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
+    order = (
+        "first" if cfg.first_order else f"second after {cfg.first_order_steps}" if cfg.first_order_steps else "second"
+    )
+    how = (
+        f"{cfg.inner_steps} inner steps of {cfg.inner_optimizer} at {cfg.inner_lr:g}, {order} order, {cfg.objective!r}"
+    )
+    flops = progress(dataclasses.replace(run, step=cfg.max_steps))["flops"]
+    tokens = tokens_per_step(cfg)
+    return (
+        f"data     {run.data.root}: {count} domains, {run.data.meta['tokenizer']} tokens\n"
+        f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context\n"
+        f"learner  {how if cfg.inner_steps else 'plain training (inner_steps=0)'}\n"
+        f"step     {tokens:,} tokens: {cfg.tasks_per_step} tasks of {cfg.batch_size} rows, on {run.world_size} x {run.device}\n"
+        f"total    {cfg.max_steps:,} steps, {cfg.max_steps * tokens:,} tokens, {flops:.3g} FLOPs, into {cfg.out_dir}"
+    )
+
+
+def usage() -> str:
+    """The opening docstring, and Config's fields with their defaults and comments as they stand above."""
+    fields = [line.strip() for line in inspect.getsource(Config).split("def __post_init__")[0].splitlines()[2:]]
+    return __doc__ + "\n" + "\n".join(f"  --{f}" if f[:1].isalpha() else f for f in fields)
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        return print(usage())
+    try:
+        run = start(load_config(argv))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train.py: {error}") from None
+    train(run)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
