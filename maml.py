@@ -8,7 +8,7 @@ A task is one batch of one domain, its rows cut into K + 1 equal chunks, K = inn
              theta <- AdamW(theta, d outer / d theta)               differentiated through the whole inner loop
 
 Finn et al. 2017 (arXiv 1703.03400) take the first outer loss, objective='final'. objective='every' is the area under
-the task's learning curve (the multi-step loss of Antoniou et al. 2019, arXiv 1810.09502, section 4, with equal weights):
+the task's learning curve (the multi-step loss of Antoniou et al. 2019, arXiv 1810.09502, with equal weights):
 every token is predicted once, just before it is learned. With K = 0 both are L_0(theta): plain training, bit for bit.
 
 Three things make it possible:
@@ -145,9 +145,9 @@ class MAML(nn.Module):
         return grad_and_value(self.loss)(phi, x, y)
 
     def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> Tensors:
-        """H v. The Hessian is symmetric, so forward mode over reverse and reverse over reverse agree; the first is best
-        once compiled (no tape at all), the second eagerly. MATH, as the fused kernels have no second derivative; inside,
-        since an sdpa_kernel context around a compiled function is not seen by it."""
+        """H v. The Hessian is symmetric, so forward over reverse and reverse over reverse agree; the first wins once
+        compiled (it needs no tape), the second eagerly. MATH, since the fused kernels have no second derivative, and
+        inside, since a compiled function does not see an sdpa_kernel context around it."""
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             if torch.compiler.is_compiling():
                 return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))[1]
@@ -203,7 +203,7 @@ def sgd(phi, g, lr, weight_decay, state):
 
 
 def adamw(phi, g, lr, weight_decay, state):
-    """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2). eps_root keeps the root's derivative finite at g = 0."""
+    """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2); eps_root keeps the derivative finite at g = 0."""
     beta1, beta2, eps, eps_root = 0.9, 0.95, 1e-8, 1e-16
     m, v, t, t_v = *state[:2], state[2] + 1, state[3] + 1
     m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g, strict=True)]

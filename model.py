@@ -64,7 +64,7 @@ class GPT(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
-        """(B, T) token ids -> logits (B, T, V) and the mean cross-entropy in nats per token; targets of -1 count not."""
+        """(B, T) token ids -> logits (B, T, V) and the mean cross-entropy in nats per token (targets of -1 apart)."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit the context: crop them to block_size={self.config.block_size}")
@@ -79,7 +79,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
-        """Continue idx (B, T) by max_new_tokens; the caller's generator decides the draw, temperature 0 takes the mode."""
+        """idx (B, T) continued by max_new_tokens; the caller's generator decides the draw, temperature 0 takes the mode."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
             logits = logits[:, -1].float()  # (B, V)

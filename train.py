@@ -174,36 +174,40 @@ class Run:
 
 
 def train(run: Run):
-    cfg, asked_to_stop = run.cfg, []
+    cfg, model, stop_signals, stopping = run.cfg, run.learner.model, [], False
     for sig in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send: finish the step, save, go
-        signal.signal(sig, lambda number, frame: asked_to_stop.append(number))
+        signal.signal(sig, lambda number, frame: stop_signals.append(number))
     ddp = DDP(run.learner, broadcast_buffers=False, gradient_as_bucket_view=True) if run.world_size > 1 else run.learner
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
-    stopping = False
-    while not stopping:
-        if run.step % cfg.eval_interval == 0 or run.step == cfg.max_steps:
-            row = evaluate(run)
-            log(run, {"kind": "val", **progress(run), **row})
-            save_checkpoint(run, row)
-            bar.write(one_line(run, row)) if run.rank == 0 else None
-        if run.step == cfg.max_steps:
+    while True:
+        now = progress(cfg, model, run.step, run.seconds)
+        due = run.step % cfg.eval_interval == 0 or run.step == cfg.max_steps
+        if due and not stopping:
+            losses = evaluate(run)
+            if run.rank == 0:
+                append_row(cfg.out_dir, {"kind": "val", **now, **losses})
+                save_checkpoint(run, losses)
+                bar.write(one_line(run, losses))
+        if run.step == cfg.max_steps or stopping:
             break
         began = time.perf_counter()
-        loss, grad_norm, stopping = outer_step(run, ddp, bool(asked_to_stop))
+        loss, grad_norm, stopping = outer_step(run, ddp, bool(stop_signals))
         run.seconds += (took := time.perf_counter() - began)
-        if run.step % cfg.log_interval == 0:
-            clipped, run.learner.clipped = int(run.learner.clipped), 0
-            row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, "clipped": clipped}
-            log(run, {"kind": "train", **progress(run), **row})
         run.step += 1
-        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step(cfg) / took:,.0f} tokens/s{utilisation(run, took)}")
+        flops = progress(cfg, model, run.step, 0)["flops"] - now["flops"]
+        if run.rank == 0 and (run.step - 1) % cfg.log_interval == 0:
+            clipped, run.learner.clipped = int(run.learner.clipped), 0
+            lr = run.optimizer.param_groups[0]["lr"]
+            append_row(
+                cfg.out_dir,
+                {"kind": "train", **now, "loss": loss, "lr": lr, "grad_norm": grad_norm, "clipped": clipped},
+            )
+        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step(cfg) / took:,.0f} tokens/s{mfu(run, flops / took)}")
         bar.update()
     bar.close()
-    if stopping:
+    if stopping and run.rank == 0:
         save_checkpoint(run)
-        print(
-            f"stopped after step {run.step}: the same command with --init_from=resume goes on"
-        ) if run.rank == 0 else None
+        print(f"stopped after step {run.step}: the same command with --init_from=resume goes on")
 
 
 def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
@@ -234,8 +238,8 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
     loss = report[:n].mean().item()
     if not math.isfinite(loss + grad_norm):
         raise SystemExit(
-            f"step {run.step}: loss {loss}, gradient norm {grad_norm}. Stopped before the update. Go back to the checkpoint "
-            f"in {cfg.out_dir} with --init_from=resume and a lower learning_rate or inner_lr, or with inner_clip=1.0"
+            f"step {run.step}: loss {loss}, gradient norm {grad_norm}: stopped before the update. Go on from the checkpoint in "
+            f"{cfg.out_dir} with --init_from=resume and a lower learning_rate or inner_lr, or with inner_clip=1.0"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -390,19 +394,12 @@ def start(cfg: Config) -> Run:
         check_checkpoint(ckpt, args, data, cfg)
         args = ckpt["model_args"] | {"dropout": cfg.dropout}
     model = GPT(GPTConfig(**args))
-    names = [f.name for f in dataclasses.fields(Config) if f.name in inspect.signature(MAML).parameters]
-    learner = MAML(
-        model,
-        **{name: getattr(cfg, name) for name in names} | {"first_order": cfg.first_order},
-        autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
-    ).to(device)
+    options = {name: getattr(cfg, name) for name in inspect.signature(MAML).parameters if name in FIELDS}
+    learner = MAML(model, autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None, **options).to(device)
     groups = [group | {"peak_lr": cfg.learning_rate} for group in model.parameter_groups(cfg.weight_decay)]
     if learner.log_inner_lr is not None:
         groups.append({"params": [learner.log_inner_lr], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
-    betas, fused = (cfg.beta1, cfg.beta2), device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
     run = Run(cfg, rank, world_size, device, data, learner, optimizer)
     if ckpt:
         model.load_state_dict(ckpt["model"])
@@ -410,9 +407,11 @@ def start(cfg: Config) -> Run:
         learner.load_state_dict(ckpt["learner"], strict=False)
         optimizer.load_state_dict(ckpt["optimizer"])
         run.step, run.seconds, run.best = ckpt["step"], ckpt["seconds"], ckpt["best"]
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        open_log(run, ckpt)
-        print(summary(run))
+        open_log(run, resumed=bool(ckpt) and cfg.init_from == "resume")
+        print(summary(run), flush=True)
     return run
 
 
@@ -442,31 +441,28 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
-    """A run resumes as what it was; other weights need only fit the data."""
-    old = ckpt["model_args"]
-    if cfg.init_from != "resume":
-        if old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
+    """A run resumes as what it was; other weights need only have room for the data."""
+    old, new = ckpt["model_args"], args
+    if cfg.init_from == "resume":
+        old = old | {
+            "dataset": ckpt["dataset"]["sha256"][:9],
+            "inner rates": len(ckpt["learner"].get("log_inner_lr", [])),
+        }
+        new = new | {"dataset": data.sha256[:9], "inner rates": cfg.inner_steps * cfg.learn_inner_lr}
+        changed = [f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]]
+        if changed:
             raise ValueError(
-                f"{cfg.init_from} knows {old['vocab_size']} ids and {old['block_size']} positions, too few here"
+                f"{cfg.out_dir} was trained with {', '.join(changed)}: resume alike, or use another out_dir"
             )
-        return
-    now = args | {"learned inner rates": cfg.learn_inner_lr * cfg.inner_steps, "dataset": data.sha256[:12]}
-    rates = ckpt["learner"].get("log_inner_lr", [])
-    for key, value in (old | {"learned inner rates": len(rates), "dataset": ckpt["dataset"]["sha256"][:12]}).items():
-        if now[key] != value:
-            raise ValueError(
-                f"the checkpoint in {cfg.out_dir} has {key}={value}, this run {key}={now[key]}: resume with what it was "
-                "trained with, or start afresh in another out_dir (init_from=<its path> takes over the weights)"
-            )
+    elif old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
+        raise ValueError(f"{cfg.init_from} has {old['vocab_size']} ids and {old['block_size']} positions: too few here")
 
 
-def save_checkpoint(run: Run, row: dict | None = None):
+def save_checkpoint(run: Run, losses: dict | None = None):
     """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, and the best by held-out loss as best.pt."""
-    if run.rank:
-        return
-    heldout = [run_loss for d, run_loss in (row or {"loss": {}})["loss"].items() if run.data.domains[d] == "heldout"]
-    best = bool(heldout) and np.mean(heldout) < run.best
-    run.best = float(np.mean(heldout)) if best else run.best
+    out, heldout = Path(run.cfg.out_dir), [d for d, role in run.data.domains.items() if role == "heldout"]
+    mean = np.mean([losses["loss"][d] for d in heldout]).item() if losses and heldout else math.inf
+    is_best, run.best = mean < run.best, min(mean, run.best)
     ckpt = {
         "model": run.learner.model.state_dict(),
         "model_args": dataclasses.asdict(run.learner.model.config),
@@ -476,63 +472,77 @@ def save_checkpoint(run: Run, row: dict | None = None):
         "seconds": run.seconds,
         "best": run.best,
         "config": dataclasses.asdict(run.cfg),
-        "dataset": {"name": run.cfg.dataset, "sha256": run.data.sha256},
+        "dataset": {"name": run.cfg.dataset, "sha256": run.data.sha256, "tokenizer": run.data.meta["tokenizer"]},
     }
-    out = Path(run.cfg.out_dir)
-    temporary, current = out / "ckpt.pt.tmp", out / "ckpt.pt"
+    temporary = out / "ckpt.pt.tmp"
     try:
-        for path in [out / "best.pt"] * best + [current]:
+        for name in ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]:
             torch.save(ckpt, temporary)
-            if path.exists() and path == current:
-                os.replace(current, out / "ckpt_prev.pt")
-            os.replace(temporary, path)
+            if name == "ckpt.pt" and (out / name).exists():
+                os.replace(out / name, out / "ckpt_prev.pt")
+            os.replace(temporary, out / name)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
-        raise SystemExit(f"step {run.step}: cannot write {current} ({error}): the one before is whole") from None
+        raise SystemExit(
+            f"step {run.step}: cannot write {out / 'ckpt.pt'} ({str(error)[:200]}). The one before is whole: make room, "
+            "and resume with --init_from=resume"
+        ) from None
 
 
-def open_log(run: Run, ckpt: dict | None):
-    """Start log.jsonl, or cut it back to the checkpoint that the run resumes from."""
-    cfg, out = run.cfg, Path(run.cfg.out_dir)
-    path = out / "log.jsonl"
-    if cfg.init_from == "resume" and ckpt and path.exists():
-        header, *rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        rows = [r for r in rows if r["step"] < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
-    else:
-        if path.exists():  # nothing is lost: an earlier run steps aside
-            n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-            out.rename(f"{out}.{n}")
-            print(f"the earlier run in {out} is now {out}.{n}")
-        out.mkdir(parents=True, exist_ok=True)
-        rows = []
-        here = Path(__file__).parent
-        describe = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-        device = (
-            torch.cuda.get_device_name() if run.device.type == "cuda" else f"{platform.machine()} {run.device.type}"
-        )
-        info = run.data.meta["domains"].items()
-        size = {d: sum(v["bytes"].values()) / max(1, sum(v["tokens"].values())) for d, v in info if v.get("bytes")}
-        dataset = {k: run.data.meta[k] for k in ("tokenizer", "vocab_size")}
-        header = {
-            "kind": "run",
-            "config": dataclasses.asdict(cfg),
-            "commit": commit or "unknown",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "device": f"{run.world_size} x {device}",
-            "params": sum(p.numel() for p in run.learner.model.parameters()),
-            "flops_per_token": run.learner.model.flops_per_token(cfg.block_size),
-            "dataset": {"name": cfg.dataset, **dataset, "roles": run.data.domains, "bytes_per_token": size},
-        }
-    temporary = path.with_name("log.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
+def open_log(run: Run, resumed: bool):
+    """Begin log.jsonl with the run's header, or cut it back to the checkpoint that the run resumes from."""
+    out, rows = Path(run.cfg.out_dir), []
+    path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
+    if path.exists() and resumed:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        rows = [r for r in rows if r.get("step", -1) < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
+    elif path.exists():  # nothing is lost: an earlier run steps aside
+        n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
+        out.rename(f"{out}.{n}")
+        print(f"the earlier run in {out} is now {out}.{n}")
+    out.mkdir(parents=True, exist_ok=True)
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows or [header(run)]))
     os.replace(temporary, path)
 
 
-def log(run: Run, row: dict):
-    if run.rank == 0:
-        with open(Path(run.cfg.out_dir) / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+def header(run: Run) -> dict:
+    """The log's first row: what is needed to make the run again, and to read its log without the data."""
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    card = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{platform.machine()} {run.device.type}"
+    meta, model = run.data.meta, run.learner.model
+    sizes = {d: (sum(v.get("bytes", {}).values()), sum(v["tokens"].values())) for d, v in meta["domains"].items()}
+    return {
+        "kind": "run",
+        "config": dataclasses.asdict(run.cfg),
+        "commit": commit,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "device": f"{run.world_size} x {card}",
+        "params": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": model.flops_per_token(run.cfg.block_size),
+        "dataset": {
+            "name": run.cfg.dataset,
+            "sha256": run.data.sha256,
+            "tokenizer": meta["tokenizer"],
+            "vocab_size": meta["vocab_size"],
+            "roles": run.data.domains,
+            "bytes_per_token": {d: size / tokens for d, (size, tokens) in sizes.items() if size},
+        },
+    }
+
+
+def append_row(out_dir: str, row: dict):
+    with open(Path(out_dir) / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,13 +553,12 @@ def tokens_per_step(cfg: Config) -> int:
     return cfg.tasks_per_step * cfg.batch_size * cfg.block_size
 
 
-def progress(run: Run) -> dict:
-    """Where a row stands: support tokens are counted like all others, and FLOPs as maml.py's lesson has them."""
-    cfg, step, K = run.cfg, run.step, run.cfg.inner_steps
-    first = step if cfg.first_order else min(step, cfg.first_order_steps)
-    forwards = 3 * first + (12 * K + 3) / (K + 1) * (step - first)  # per token
-    flops = forwards * tokens_per_step(cfg) * run.learner.model.flops_per_token(cfg.block_size)
-    return {"step": step, "tokens": step * tokens_per_step(cfg), "flops": flops, "seconds": round(run.seconds, 3)}
+def progress(cfg: Config, model: GPT, step: int, seconds: float) -> dict:
+    """Where a row stands: support tokens count like all others, and FLOPs as maml.py's lesson counts them."""
+    K, first = cfg.inner_steps, step if cfg.first_order else min(step, cfg.first_order_steps)
+    forwards = 3 * first + (12 * K + 3) / (K + 1) * (step - first)  # of the tokens of one step
+    flops = forwards * tokens_per_step(cfg) * model.flops_per_token(cfg.block_size)
+    return {"step": step, "tokens": step * tokens_per_step(cfg), "flops": flops, "seconds": round(seconds, 3)}
 
 
 def lr_factor(cfg: Config, step: int) -> float:
@@ -564,44 +573,35 @@ def lr_factor(cfg: Config, step: int) -> float:
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
-def utilisation(run: Run, seconds: float) -> str:
-    """Model FLOPs utilisation of the last step, on cards whose peak we know."""
+def mfu(run: Run, flops_per_second: float) -> str:
+    """Model FLOPs utilisation, on cards whose peak we know."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
     peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
-    done = dataclasses.replace(run, step=run.step + 1)
-    flops = progress(done)["flops"] - progress(run)["flops"]
-    return f", {flops / seconds / peak / run.world_size:.1%} MFU" if peak else ""
+    return f", {flops_per_second / peak / run.world_size:.1%} MFU" if peak else ""
 
 
-def one_line(run: Run, row: dict) -> str:
-    """step 200 | train 2.310 -> 2.290 | ...: the mean loss by role, before -> after the learner's own inner steps."""
-    parts = [f"step {run.step}"]
+def one_line(run: Run, losses: dict) -> str:
+    """step 200 | train 2.310 -> 2.290 | ...: the mean by role, before -> after the learner's own inner steps."""
+    text = f"step {run.step}"
     for role in ("train", "tune", "heldout"):
         domains = [d for d, r in run.data.domains.items() if r == role]
-        means = [np.mean([row[key][d] for d in domains]) for key in ("loss", "adapted") if domains and row[key]]
-        parts += [f"{role} " + " -> ".join(f"{mean:.3f}" for mean in means)] if means else []
-    return " | ".join(parts)
+        means = [f"{np.mean([loss[d] for d in domains]):.3f}" for loss in losses.values() if domains and loss]
+        text += f" | {role} {' -> '.join(means)}" if means else ""
+    return text
 
 
 def summary(run: Run) -> str:
-    cfg, model = run.cfg, run.learner.model
-    roles = list(run.data.domains.values())
+    """What is about to happen, in five lines."""
+    cfg, model, roles = run.cfg, run.learner.model, list(run.data.domains.values())
+    order = "first" if cfg.first_order else f"second (after step {cfg.first_order_steps})"
+    inner = f"{cfg.inner_steps} inner {cfg.inner_optimizer} steps at {cfg.inner_lr:g}, {order} order, {cfg.objective!r}"
+    total = progress(cfg, model, cfg.max_steps, 0)
     count = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
-    order = (
-        "first" if cfg.first_order else f"second after {cfg.first_order_steps}" if cfg.first_order_steps else "second"
-    )
-    how = (
-        f"{cfg.inner_steps} inner steps of {cfg.inner_optimizer} at {cfg.inner_lr:g}, {order} order, {cfg.objective!r}"
-    )
-    flops = progress(dataclasses.replace(run, step=cfg.max_steps))["flops"]
-    tokens = tokens_per_step(cfg)
-    return (
-        f"data     {run.data.root}: {count} domains, {run.data.meta['tokenizer']} tokens\n"
-        f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context\n"
-        f"learner  {how if cfg.inner_steps else 'plain training (inner_steps=0)'}\n"
-        f"step     {tokens:,} tokens: {cfg.tasks_per_step} tasks of {cfg.batch_size} rows, on {run.world_size} x {run.device}\n"
-        f"total    {cfg.max_steps:,} steps, {cfg.max_steps * tokens:,} tokens, {flops:.3g} FLOPs, into {cfg.out_dir}"
-    )
+    return f"""data     {run.data.root}: domains: {count}; {run.data.meta["tokenizer"]} tokens
+model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context
+learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
+step     {cfg.tasks_per_step} tasks of {cfg.batch_size} rows: {tokens_per_step(cfg):,} tokens, on {run.world_size} x {run.device}
+total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs, into {cfg.out_dir}"""
 
 
 def usage() -> str:

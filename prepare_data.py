@@ -1,0 +1,592 @@
+"""Turns text into token shards, one folder per domain, for train.py to memory-map.
+
+    python prepare_data.py                                    # real text found on this machine -> data/local
+    python prepare_data.py PATH --name mine --heldout a,b     # your own: subfolders, *.txt, *.jsonl[.gz], *.parquet
+    python prepare_data.py common_pile --max_tokens 1e9       # a corpus on the Hugging Face hub: see PRESETS
+    python prepare_data.py --hf NAME --domain_field meta.set  # any other one
+    python prepare_data.py --name mine --verify               # check every hash of data/mine
+
+data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, token count, zeros), then uint16 ids, each
+document preceded by the end-of-text id; llm.c and modded-nanogpt write the same, so a subfolder of their shards is
+a domain as it is. data/<name>/meta.json describes them and is written last: where it is, the dataset is complete.
+Killed at any moment, the same command goes on after the last full shards, to the same bytes: a shard depends on the
+order of the documents alone, and progress.json, a meta.json in the making, counts the documents of the full shards.
+"""
+
+import argparse
+import ast
+import difflib
+import functools
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sysconfig
+import threading
+import warnings
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+SHARD_TOKENS = 100_000_000  # 200 MB a file
+MAX_DOCUMENT = 2**18  # characters; longer documents are cut at line ends, or memory would follow the longest of them
+EOT = "<|endoftext|>"
+
+# Held out is what no other domain resembles, so that adapting to it is learning and not remembering; 'tune', where
+# learning rates are chosen, is the next farthest and not trained on either. Distances of local are measured, by what
+# an order-4 byte model of the nearest other domain pays over the domain's own: cpp_headers 2.3 bits per byte,
+# font_metrics 8.3, type_stubs 1.1, code and documentation mostly 0.4 to 0.9. Those of the hub are judged by kind.
+COMMON_PILE = """arxiv_abstracts arxiv_papers biodiversity_heritage_library caselaw_access_project cccc
+data_provenance_initiative doab foodista github_archive library_of_congress libretexts news oercommons peS2o
+pre_1929_books pressbooks project_gutenberg public_domain_review pubmed python_enhancement_proposals regulations
+stackexchange stackv2_edu stackv2_html ubuntu_irc uk_hansard usgpo uspto wikimedia wikiteam youtube"""
+LOCAL = {"torch": "torch torchgen functorch", "sympy": "sympy", "science": "numpy matplotlib networkx mpmath PIL"}
+PRESETS = {
+    "local": {"heldout": ["cpp_headers", "font_metrics"], "tune": ["type_stubs"]},  # C++, and tables of numbers
+    "common_pile": {  # chat, patents and recipes are alone of their kind; debates half so, youtube is speech too
+        "hf": ",".join(f"common-pile/{source}_filtered" for source in COMMON_PILE.split()),
+        "heldout": ["ubuntu_irc", "uspto", "foodista"],
+        "tune": ["uk_hansard"],
+    },
+    "slimpajama": {  # code and LaTeX against prose; Stack Exchange mixes them. cerebras/SlimPajama-627B is the whole
+        "hf": "DKYoon/SlimPajama-6B",
+        "domain_field": "meta.redpajama_set_name",
+        "heldout": ["RedPajamaGithub", "RedPajamaArXiv"],
+        "tune": ["RedPajamaStackExchange"],
+    },
+    "pile_uncopyrighted": {  # made-up arithmetic, twenty other languages, law; chat is as far, and smaller
+        "hf": "monology/pile-uncopyrighted",
+        "domain_field": "meta.pile_set_name",
+        "heldout": ["DM Mathematics", "EuroParl", "FreeLaw"],
+        "tune": ["Ubuntu IRC"],
+    },
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the trainer reads
+
+
+def open_shard(path) -> np.ndarray:
+    """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if it is not one or was cut short."""
+    header = np.fromfile(path, np.int32, 3) if os.path.exists(path) else ()
+    if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
+        raise ValueError(f"{path} is not a version {VERSION} token shard: make it again with prepare_data.py")
+    if header[2] < 1 or os.path.getsize(path) != 4 * HEADER_INTS + 2 * int(header[2]):
+        raise ValueError(f"{path} does not hold the {header[2]} tokens of its header: prepare it with --overwrite")
+    return np.memmap(path, np.uint16, "r", 4 * HEADER_INTS)
+
+
+@functools.cache
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """'gpt2', 'bytes' (256 bytes and end of text; no download) or another of tiktoken's that fits in uint16."""
+    if name == "bytes":
+        ranks = {bytes([i]): i for i in range(256)}
+        return tiktoken.Encoding(name, pat_str="(?s).{1,64}", mergeable_ranks=ranks, special_tokens={EOT: 256})
+    if name not in tiktoken.list_encoding_names():
+        raise SystemExit(f"no tokenizer {name!r}: use gpt2 or bytes")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError:
+        raise SystemExit(f"cannot download the {name} encoding: connect once, or use --tokenizer bytes") from None
+    if encoding.n_vocab > 2**16:
+        raise SystemExit(f"{name} has {encoding.n_vocab} ids, more than the shards' uint16: use gpt2 or bytes")
+    return encoding
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sources: iterators of (domain, text), the same at every run; text is None for a malformed record
+
+
+def read_local(max_mb: float):
+    """Code of the installed packages, its docstrings apart, C++ headers, type stubs, tests, font tables.
+    Files come in the order of their hash until a domain is full: a sample, and not the first of the alphabet."""
+    roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
+    for kind in LOCAL:
+        specs = filter(None, map(importlib.util.find_spec, LOCAL[kind].split()))
+        roots += [(kind, Path(place)) for spec in specs for place in spec.submodule_search_locations]
+    files = defaultdict(dict)  # domain -> hash -> text
+    for kind, root in roots:
+        for path in root.rglob("*.*"):
+            inside = set(path.relative_to(root).parts)
+            code = "tests" if inside & {"test", "tests"} else f"{kind}_code"
+            domain = {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers", ".afm": "font_metrics"}.get(path.suffix)
+            generated = path.suffix == ".h" and "ops" in inside  # ATen/ops: seven thousand from one template
+            if domain and not generated and not inside & {"site-packages", "dist-packages", "pydoc_data"}:
+                data = path.read_bytes()
+                files[domain][hashlib.sha256(data).digest()] = data.decode("utf-8", "surrogateescape")
+    topics = importlib.import_module("pydoc_data.topics").topics if importlib.util.find_spec("pydoc_data") else {}
+    taken = Counter(python_docs=sum(map(len, topics.values())))
+    yield from (("python_docs", text) for _, text in sorted(topics.items()))
+    for domain in sorted(files):
+        docs = domain.replace("_code", "_docs")
+        for _, text in sorted(files[domain].items()):
+            parts = zip((domain, docs), split_docstrings(text), strict=True) if docs != domain else [(domain, text)]
+            for name, part in parts:
+                if taken[name] < max_mb * 1e6:
+                    taken[name] += len(part or "")
+                    yield name, part
+            if min(taken[domain], taken[docs]) >= max_mb * 1e6:
+                break
+
+
+def split_docstrings(code: str):
+    """Python source without its docstrings, and the docstrings under their names; (None, "") if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's code
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError):
+        return None, ""
+    lines, documentation = code.split("\n"), []
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and (text := ast.get_docstring(node)):
+            documentation.append(f"{getattr(node, 'name', '')}\n\n{text}\n".lstrip())
+            string = node.body[0]
+            if not lines[string.lineno - 1][: string.col_offset].strip():  # unless it shares a line with its `def`
+                lines[string.lineno - 1 : string.end_lineno] = [None] * (string.end_lineno - string.lineno + 1)
+    return "\n".join(line for line in lines if line is not None), "\n".join(documentation)
+
+
+def read_files(files: list[tuple[str, Path]], text_field: str):
+    """The documents of (domain, file): lines of JSON, rows of parquet, or text between <|endoftext|> lines."""
+    for domain, path in files:
+        if path.suffix == ".parquet":
+            yield from ((domain, text) for _, text in read_hub("parquet", None, text_field, str(path)))
+            continue
+        try:  # surrogateescape: a byte that is not UTF-8 spoils its document, and not the rest of the file
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
+                if ".jsonl" in path.suffixes:
+                    yield from ((domain, string_at(text_field, line)) for line in file if line.strip())
+                else:
+                    yield from ((domain, text) for text in split_text(file))
+        except (OSError, EOFError, zlib.error) as error:
+            raise SystemExit(f"{path}: {error}: mend or remove the file and run again with --overwrite") from None
+
+
+def split_text(file):
+    lines, size = [], 0
+    for line in iter(functools.partial(file.readline, MAX_DOCUMENT), ""):
+        ends = line.strip() == EOT
+        if ends or size + len(line) > MAX_DOCUMENT:
+            yield "".join(lines)
+            lines, size = [], 0
+        if not ends:
+            lines.append(line)
+            size += len(line)
+    yield "".join(lines)
+
+
+def read_hub(names: str, domain_field: str | None, text_field: str, data_files: str | None = None):
+    """The records of datasets on the Hugging Face hub, streamed; each is a domain unless a field names the domain."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SystemExit("this source needs the datasets package: pip install datasets") from None
+    for name in names.split(","):
+        own = name.split("/")[-1].removesuffix("_filtered")
+        try:
+            for record in load_dataset(name, data_files=data_files, split="train", streaming=True):
+                domain = string_at(domain_field, record) if domain_field else own
+                yield domain or "unknown", string_at(text_field, record) if domain else None
+        except Exception as error:  # the hub, the network and the readers of datasets each raise their own
+            raise SystemExit(f"{name}: {type(error).__name__}: {error}: the same command goes on from here") from None
+
+
+def string_at(field: str, record: dict | str) -> str | None:
+    """The string at 'a.b' of a record, or of a line of JSON; None if it has none."""
+    try:
+        record = json.loads(record) if isinstance(record, str) else record
+        value = functools.reduce(lambda inner, key: inner[key], field.split("."), record)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# documents: cut, hashed, and chosen by their hash
+
+
+def unique_documents(stream, skipped: dict[str, Counter], keep: dict[str, int]):
+    """(domain, text, 64-bit hash) of each document once over all domains, or a held-out one may have been trained on;
+    `keep` is the hash from which on a domain's documents are left out."""
+    seen, bar = set(), tqdm(unit="B", unit_scale=True, disable=None)
+    for domain, text in stream:
+        domain = re.sub(r"[/\\,]", "_", domain).strip(". ") or "unknown"
+        if text is None:
+            skipped[domain]["malformed"] += 1
+        for piece in cut(text or ""):
+            bar.update(len(piece))
+            try:
+                number = int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "little")
+            except UnicodeEncodeError:  # what surrogateescape let through
+                skipped[domain]["undecodable"] += 1
+                continue
+            if number < keep.get(domain, 2**64) and number not in seen and piece.strip():
+                seen.add(number)
+                yield domain, piece, number
+            elif number in seen:
+                skipped[domain]["duplicate"] += 1
+    bar.close()
+
+
+def cut(text: str):
+    start = 0
+    while len(text) - start > MAX_DOCUMENT:
+        end = text.rfind("\n", start, start + MAX_DOCUMENT) + 1 or start + MAX_DOCUMENT
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def survey(stream, encoding: tiktoken.Encoding, max_tokens: float) -> dict[str, int]:
+    """The hash below which each domain has about max_tokens tokens. It takes a pass of its own: nobody can draw an
+    even sample from a stream without having seen its end."""
+    sizes, samples = defaultdict(lambda: np.zeros(4096)), defaultdict(str)
+    for domain, text, number in unique_documents(stream, defaultdict(Counter), {}):
+        sizes[domain][number >> 52] += len(text.encode())
+        samples[domain] += text[: max(0, 100_000 - len(samples[domain]))]
+    keep = {}
+    for domain, text in samples.items():
+        tokens = np.cumsum(sizes[domain]) * len(encode_document(encoding, text)) / len(text.encode())
+        keep[domain] = int(max((tokens <= max_tokens).sum(), (tokens == 0).sum() + 1)) << 52  # one document at least
+    return keep
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokens: worker processes encode batches of documents
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The end-of-text id and the ids of the text, (tokens,) uint16; '<|endoftext|>' inside it is ordinary text."""
+    if encoding.name == "bytes":  # the same ids, a hundred times faster
+        ids = np.frombuffer(text.encode(), np.uint8)
+    else:  # encode_ordinary without its list of Python integers
+        ids = encoding.encode_to_numpy(text, disallowed_special=())
+    return np.concatenate(([encoding.eot_token], ids)).astype(np.uint16)
+
+
+def encode_batch(tokenizer: str, batch: list) -> list:
+    return [(key, encode_document(get_tokenizer(tokenizer), text)) for key, text in batch]
+
+
+def encode_all(tokenizer: str, documents, workers: int):
+    """Batches of (key, ids) in the order of the documents, a few in flight: Executor.map would read all the stream."""
+    encode, pending = functools.partial(encode_batch, tokenizer), deque()
+    if workers < 2:
+        yield from map(encode, batches(documents))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        for batch in batches(documents):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 3 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def batches(documents, characters: int = 1_000_000):
+    batch, size = [], 0
+    for key, text in documents:
+        batch.append((key, text))
+        size += len(text)
+        if size > characters:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def start_worker():
+    """Leaves Ctrl-C to the parent, and ends with it even where it was killed outright."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# shards: filled beside their place and renamed into it
+
+
+def write_json(path: Path, value: dict):
+    temporary = path.with_suffix(".json.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def next_shard(root: Path, meta: dict, domain: str, split: str) -> Path:
+    return root / domain / f"{split}_{len(meta['domains'][domain]['shards'][split]):06d}.bin.tmp"
+
+
+def append(path: Path, documents: list[np.ndarray]):
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "ab") as file:
+        if file.tell() == 0:
+            file.write(bytes(4 * HEADER_INTS))  # the header comes last: zeros are no shard
+        file.writelines(documents)
+
+
+def close_shard(root: Path, meta: dict, domain: str, split: str):
+    path = next_shard(root, meta, domain, split)
+    tokens = (path.stat().st_size - 4 * HEADER_INTS) // 2
+    with open(path, "r+b") as file:
+        file.write(np.array([MAGIC, VERSION, tokens], np.int32).tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path, path.with_suffix(""))
+    record_shard(root, meta, domain, split, f"{domain}/{path.stem}")
+
+
+def record_shard(root: Path, meta: dict, domain: str, split: str, name: str):
+    """Enters a shard into meta; its counts are read back from the file, so it does not matter who wrote it."""
+    digest, counts = read_shard(root / name, get_tokenizer(meta["tokenizer"]))
+    meta["domains"][domain]["shards"][split][name] = digest
+    for unit, count in counts.items():
+        meta["domains"][domain][unit][split] += count
+
+
+def read_shard(path: Path, encoding: tiktoken.Encoding) -> tuple[str, dict[str, int]]:
+    """A shard's SHA-256 and its counts, in blocks so that memory stays flat; ValueError if it has unknown ids."""
+    counts, tokens = np.zeros(2**16, np.int64), len(open_shard(path))
+    with open(path, "rb") as file:
+        digest = hashlib.sha256(file.read(4 * HEADER_INTS))
+        while block := file.read(2**21):
+            digest.update(block)
+            counts += np.bincount(np.frombuffer(block, np.uint16), minlength=2**16)
+    if counts[encoding.n_vocab :].any():
+        raise ValueError(f"{path} has ids that {encoding.name} has not: name its tokenizer with --tokenizer")
+    documents, counts[encoding.eot_token] = int(counts[encoding.eot_token]), 0
+    size = sum(int(counts[i]) * len(encoding.decode_single_token_bytes(i)) for i in np.flatnonzero(counts))
+    return digest.hexdigest(), {"tokens": tokens, "documents": documents, "bytes": size}
+
+
+def balance(root: Path, meta: dict, domain: str):
+    """Splits a small domain anew where its hashes left val far from its share: the last documents become val, or the
+    last lines of the only one. Larger ones, with a full shard, have the right shares by their numbers."""
+    encoding, share = get_tokenizer(meta["tokenizer"]), meta["command"]["val_share"]
+    paths = [next_shard(root, meta, domain, split) for split in ("train", "val")]
+    sizes = [path.stat().st_size - 4 * HEADER_INTS if path.exists() else 0 for path in paths]
+    full = any(meta["domains"][domain]["tokens"].values())
+    if full or share / 4 < sizes[1] / sum(sizes) < share * 4:
+        return
+    ids = np.concatenate([np.fromfile(path, np.uint16, offset=4 * HEADER_INTS) for path in paths if path.exists()])
+    end, eot = int(len(ids) * (1 - share)), np.uint16(encoding.eot_token)
+    for places in (np.flatnonzero(ids == eot), np.flatnonzero(ids == encoding.encode_ordinary("\n")[0]) + 1):
+        places = places[(places > len(ids) // 2) & (places < len(ids))]
+        if len(places):
+            end = places[np.abs(places - end).argmin()]
+            break
+    for path, part in zip(paths, (ids[:end], ids[end:] if ids[end] == eot else np.append(eot, ids[end:])), strict=True):
+        path.unlink(missing_ok=True)
+        append(path, [part])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the dataset
+
+
+def prepare(root: Path, command: dict, stream, shards: dict[str, list[Path]], workers: int) -> dict:
+    """Makes the dataset that `command` describes, or the rest of it where a run was stopped; returns its meta."""
+    for path in (root / "meta.json", root / "progress.json"):
+        if path.exists():
+            meta = json.loads(path.read_text())
+            if meta["command"] != command:
+                raise SystemExit(f"{root} was made otherwise or of other text: pass --overwrite or another --name")
+            if path.name == "meta.json":
+                return meta
+            break
+    else:
+        if any(path.suffix != ".tmp" for path in root.glob("*")):
+            raise SystemExit(f"{root} holds something else: choose another --name")
+        root.mkdir(parents=True, exist_ok=True)
+        encoding = get_tokenizer(command["tokenizer"])
+        meta = {"name": root.name, "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "command": command}
+        meta |= {"eot": encoding.eot_token, "domains": {}, "keep": {}}
+        write_json(root / "progress.json", meta)
+    for path in root.glob("*/*.tmp"):
+        path.unlink()
+    for domain, paths in shards.items():
+        meta["domains"][domain] = new_domain(command)
+        for path in paths:
+            val = "val" in path.name or (path == paths[-1] and not any("val" in path.name for path in paths))
+            record_shard(root, meta, domain, "val" if val else "train", str(path.resolve()))
+    if command["max_tokens"] and not meta["keep"]:
+        meta["keep"] = survey(stream(), get_tokenizer(meta["tokenizer"]), command["max_tokens"])
+        write_json(root / "progress.json", meta)
+    skipped = defaultdict(Counter)
+    write_shards(root, meta, encode_all(meta["tokenizer"], left_to_encode(meta, stream(), skipped), workers))
+    # From here on nothing is entered into progress.json: a later run could not count what balance has moved
+    for domain, entry in meta["domains"].items():
+        if domain not in shards:
+            balance(root, meta, domain)
+        for split in ("train", "val"):
+            if next_shard(root, meta, domain, split).exists():
+                close_shard(root, meta, domain, split)
+        entry["skipped"] = skipped[domain]
+        if not all(entry["tokens"].values()):
+            raise SystemExit(f"{domain} has no text for both train and val: give it more, or a shard more")
+    if not meta["domains"]:
+        raise SystemExit(f"no text in {command['source']}: give a folder of text files, *.txt, *.jsonl or *.parquet")
+    return meta
+
+
+def new_domain(command: dict) -> dict:
+    counts = {unit: {"train": 0, "val": 0} for unit in ("documents", "bytes", "tokens")}
+    return {"role": "train", "source": command["source"], "shards": {"train": {}, "val": {}}, "skipped": {}, **counts}
+
+
+def left_to_encode(meta: dict, stream, skipped: dict[str, Counter]):
+    """((domain, split), text) of the documents that are not in a full shard yet."""
+    done = Counter()
+    for domain, entry in meta["domains"].items():
+        done.update({(domain, split): count for split, count in entry["documents"].items()})
+    for domain, text, number in unique_documents(stream, skipped, meta["keep"]):
+        key = domain, "val" if number % 2**32 < meta["command"]["val_share"] * 2**32 else "train"
+        done[key] -= 1
+        if done[key] < 0:
+            yield key, text
+
+
+def write_shards(root: Path, meta: dict, encoded):
+    tokens = Counter()
+    for batch in encoded:
+        pending = defaultdict(list)
+        for key, ids in batch:
+            meta["domains"].setdefault(key[0], new_domain(meta["command"]))
+            pending[key].append(ids)
+            tokens[key] += len(ids)
+            if tokens[key] >= SHARD_TOKENS:
+                append(next_shard(root, meta, *key), pending.pop(key))
+                close_shard(root, meta, *key)
+                write_json(root / "progress.json", meta)
+                del tokens[key]
+        for key, documents in pending.items():
+            append(next_shard(root, meta, *key), documents)
+
+
+def find_files(folder: Path) -> tuple[list[tuple[str, Path]], dict[str, list[Path]]]:
+    """(domain, text file) in a folder, and the domains that are subfolders of shards made by others."""
+    if not folder.exists():
+        raise SystemExit(f"no folder {folder}: give one, or one of {', '.join(PRESETS)}")
+    files, shards = [], defaultdict(list)
+    for path in sorted([folder] if folder.is_file() else folder.rglob("*")):
+        parts = path.relative_to(folder).parts or (path.name,)
+        suffix = re.search(r"\.(txt|jsonl|jsonl\.gz|parquet)$", path.name)
+        if any(part.startswith(".") for part in parts) or not path.is_file():
+            continue
+        if len(parts) > 1 and path.suffix == ".bin":
+            shards[parts[0]].append(path)
+        elif len(parts) > 1 or suffix:
+            files.append((parts[0] if len(parts) > 1 else path.name[: suffix.start()], path))
+    return sorted((domain, path) for domain, path in files if domain not in shards), shards
+
+
+def check_roles(given: dict[str, list[str]], domains):
+    for role, name in ((role, name) for role, names in given.items() for name in names if name not in domains):
+        near = difflib.get_close_matches(name, domains, 1, 0) or ["..."]
+        raise SystemExit(f"--{role}: no domain {name!r}: did you mean {near[0]!r}?")
+
+
+def verify(root: Path) -> dict:
+    if not (root / "meta.json").exists():
+        raise SystemExit(f"no complete dataset at {root}: run the same command without --verify first")
+    meta = json.loads((root / "meta.json").read_text())
+    for entry in meta["domains"].values():
+        for path, digest in (entry["shards"]["train"] | entry["shards"]["val"]).items():
+            if read_shard(root / path, get_tokenizer(meta["tokenizer"]))[0] != digest:
+                raise SystemExit(f"{root / path} has changed since it was written: prepare it again with --overwrite")
+    return meta
+
+
+def print_table(meta: dict):
+    print(f"{'domain':30}{'role':>9}{'documents':>12}{'tokens':>16}{'bytes/token':>13}  skipped")
+    for domain, entry in sorted(meta["domains"].items()):
+        documents, tokens, size = (sum(entry[unit].values()) for unit in ("documents", "tokens", "bytes"))
+        skipped = ", ".join(f"{count:,} {why}" for why, count in sorted(entry["skipped"].items()))
+        print(f"{domain:30}{entry['role']:>9}{documents:12,}{tokens:16,}{size / tokens:13.2f}  {skipped}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="local", help=f"a folder or file of text, or {', '.join(PRESETS)}")
+    parser.add_argument("--name", help="of the dataset; default: of the source")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--tokenizer", help="gpt2 or bytes; default: gpt2 for the hub, else bytes")
+    parser.add_argument("--heldout", help="domains, separated by commas, that are never trained on")
+    parser.add_argument("--tune", help="domains on which learning rates are chosen")
+    parser.add_argument("--max_mb", type=float, default=3, help="of text per domain of local")
+    parser.add_argument("--max_tokens", type=float, default=0, help="about so many per domain, sampled by hash; 0: all")
+    parser.add_argument("--workers", type=int, help="processes that tokenize; default: one a core")
+    parser.add_argument("--hf", help="datasets on the Hugging Face hub, or a format that datasets reads")
+    parser.add_argument("--data_files", help="with --hf: which files, as a glob")
+    parser.add_argument("--domain_field", help="with --hf: the field of a record that names its domain, as a.b")
+    parser.add_argument("--text_field", default="text")
+    parser.add_argument("--overwrite", action="store_true", help="make the dataset anew")
+    parser.add_argument("--verify", action="store_true", help="check every hash of a dataset, and write nothing")
+    args = parser.parse_args(argv)
+    preset = PRESETS.get(args.source, {})
+    hf = args.hf or preset.get("hf")
+    name = args.name or (re.sub(r"\W", "_", args.hf) if args.hf else Path(args.source).resolve().name.split(".")[0])
+    if name != Path(name).name:
+        raise SystemExit(f"--name {name!r}: give the name of a folder in --data_dir, not a path")
+    root, shards = Path(args.data_dir) / name, {}
+    given = {role: getattr(args, role) for role in ("heldout", "tune") if getattr(args, role) is not None}
+    given = {role: [domain.strip() for domain in names.split(",") if domain.strip()] for role, names in given.items()}
+    try:
+        if args.verify:
+            return print_table(verify(root))
+        if hf:
+            inputs = [hf, args.domain_field or preset.get("domain_field"), args.text_field, args.data_files]
+            stream = functools.partial(read_hub, *inputs)
+        elif args.source == "local":
+            packages = ("torch", "numpy", "sympy", "matplotlib", "networkx")
+            versions = map(importlib.metadata.version, packages)
+            inputs = [args.max_mb, sysconfig.get_config_var("py_version"), *versions]
+            stream = functools.partial(read_local, args.max_mb)
+        else:
+            files, shards = find_files(Path(args.source))
+            check_roles(given, [*dict(files), *shards])
+            found = files + [(domain, path) for domain, paths in shards.items() for path in paths]
+            inputs = [[domain, path.name, path.stat().st_size] for domain, path in found]
+            stream = functools.partial(read_files, files, args.text_field)
+        command = {"source": args.hf or args.source, "tokenizer": args.tokenizer or ("gpt2" if hf else "bytes")}
+        command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hf else 0.1}
+        command["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        if args.overwrite and ((root / "meta.json").exists() or (root / "progress.json").exists()):
+            shutil.rmtree(root)
+        # by default none for bytes: to send them to a process costs more than to copy them
+        workers = args.workers or (1 if command["tokenizer"] == "bytes" else os.cpu_count())
+        meta, roles = prepare(root, command, stream, shards, workers), preset | given
+        for domain, entry in meta["domains"].items():
+            entry["role"] = next((role for role in ("heldout", "tune") if domain in roles.get(role, ())), "train")
+        write_json(root / "meta.json", meta)
+        (root / "progress.json").unlink(missing_ok=True)
+        print_table(meta)
+        check_roles(given, meta["domains"])  # only now does a stream's last domain show
+    except BrokenExecutor:
+        raise SystemExit("a worker died, of memory perhaps: the same command with fewer --workers goes on") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command goes on from here") from None
+    except OSError as error:
+        raise SystemExit(f"{error}: once that is mended, the same command goes on from here") from None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()
