@@ -81,7 +81,7 @@ def adapt_to_domains(args, model: GPT, ckpt: dict, device):
 
 
 def adapt_to_text(args, model: GPT, ckpt: dict, device):
-    """Learn the first nine tenths of a text, row after row, and show the loss on the rest, and a sample, either side."""
+    """Learn the first nine tenths of a text, row by row; show the loss on the rest and a sample, before and after."""
     tokenizer = get_tokenizer(ckpt.get("dataset", {}).get("tokenizer", "gpt2"))  # nanoGPT's checkpoints do not say
     ids = np.array(tokenizer.encode_ordinary(Path(args.text).read_text(encoding="utf-8")))
     T = min(model.config.block_size, len(ids) // 20)  # a short text is cut into short rows
@@ -96,7 +96,7 @@ def adapt_to_text(args, model: GPT, ckpt: dict, device):
         model, support, query, lr := args.lr[0] if args.lr else chosen_lr(args.run), (0, steps)
     )
     print(
-        f"{args.text}: {steps} AdamW steps at {lr:g} on {support[0].numel():,} tokens; measured on the last {query[0].numel():,}"
+        f"{args.text}: {steps} AdamW steps at {lr:g} on {support[0].numel():,} tokens, measured on {query[0].numel():,}"
     )
     for when, loss in (("before", before), ("after", after)):
         print(f"\n{when}: {loss:.3f} nats per token\n{sample(model, tokenizer, args, device)}")

@@ -79,7 +79,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
-        """idx (B, T) continued by max_new_tokens; the caller's generator decides the draw, temperature 0 takes the mode."""
+        """idx (B, T) with max_new_tokens more; the generator decides the draw, temperature 0 takes the mode."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
             logits = logits[:, -1].float()  # (B, V)

@@ -1,7 +1,7 @@
 """The picture and the scoreboard: what was gained over the baseline, told from the logs alone.
 
-    python plot.py out/baseline_demo out/maml_demo                         # writes out/curves.png, prints the scoreboard
-    python plot.py results/baseline_s* results/* --markdown -o curves.png  # the first run named is the baseline
+    python plot.py out/baseline_demo out/maml_demo                        # writes out/curves.png, prints the scoreboard
+    python plot.py results/baseline_s* results/* --markdown -o curves.png # the first run named is the baseline
 
 Runs whose configs differ only in seed are one method: a line is the mean over its seeds, a band their range.
 """
@@ -207,12 +207,12 @@ def picture(methods, unit):
     return fig
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders or log files, the baseline first")
     parser.add_argument("-o", "--output", type=Path, help="the picture (default: curves.png beside the last run)")
     parser.add_argument("--markdown", action="store_true", help="print the scoreboard as a markdown table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = args.output or args.runs[-1].parent / "curves.png"
     methods, unit = read_methods(args.runs)
     with np.errstate(divide="ignore", invalid="ignore"):  # a loss may be infinite

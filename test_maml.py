@@ -91,8 +91,9 @@ def flags(data_dir, tmp_path):
 
     def command(**changes):
         fields = dict(
-            out_dir=tmp_path / "run", data_dir=data_dir, dataset="tiny", device="cpu", block_size=16, n_layer=1, n_head=2,
-            n_embd=16, batch_size=4, tasks_per_step=4, max_steps=6, eval_interval=3, eval_steps=2, log_interval=1,
+            out_dir=tmp_path / "run", data_dir=data_dir, dataset="tiny", device="cpu", block_size=16, n_layer=1,
+            n_head=2, n_embd=16, batch_size=4,
+            tasks_per_step=4, max_steps=6, eval_interval=3, eval_steps=2, log_interval=1,
             warmup_steps=2, inner_steps=1, learn_inner_lr=True,
         )  # fmt: skip
         return [f"--{key}={value}" for key, value in (fields | changes).items()]
@@ -120,7 +121,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_one_step_on_a_quadratic_has_the_closed_form():
-    """L_k = |phi - c_k|^2 / 2: the outer gradient is (1 - lr) (phi_1 - c_1), and its mean with (theta - c_0) for 'every'."""
+    """L_k = |phi - c_k|^2 / 2: the gradient is (1 - lr) (phi_1 - c_1), and its mean with (theta - c_0) for 'every'."""
 
     class Quadratic(nn.Module):
         def __init__(self):
@@ -566,7 +567,7 @@ def test_a_checkpoint_cut_short_is_named_and_no_code_in_it_runs(flags, tmp_path)
     train.main(flags(max_steps=1))
     path = tmp_path / "run" / "ckpt.pt"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(SystemExit, match="ckpt.pt is cut short"):
+    with pytest.raises(SystemExit, match=r"ckpt\.pt is cut short"):
         train.main(flags(init_from="resume"))
     torch.save({"model": {}, "model_args": Path("x")}, path)  # any object that is not plain data
     with pytest.raises(SystemExit, match="no checkpoint of a GPT"):
@@ -749,3 +750,82 @@ def test_one_dataset_of_many_domains_streams_through_datasets(tmp_path, monkeypa
     )
     for domain in parquet:
         assert list(parquet[domain]["shards"]["train"].values()) == list(lines[domain]["shards"]["train"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# plot.py: the scoreboard says what the logs say
+
+
+def write_log(path, points, adapt=(), seed=1, **config):
+    """A log with evaluations [(tokens, loss)] and adapt rows [(domain's loss per rung, lr, chosen)] of the last of them."""
+    data = {
+        "name": "toy",
+        "tokenizer": "bytes",
+        "roles": {"a": "train", "z": "heldout"},
+        "bytes_per_token": {"a": 1, "z": 1},
+    }
+    rows = [{"kind": "run", "config": {"seed": seed, **config}, "commit": "c0ffee", "params": 10, "dataset": data}]
+    at = [{"step": t, "tokens": t, "flops": 2 * t, "seconds": 3 * t} for t, _ in points]
+    rows += [{"kind": "val", **a, "loss": {"a": loss, "z": loss}} for a, (_, loss) in zip(at, points, strict=True)]
+    same = {"kind": "adapt", **at[-1], "domain": "z", "role": "heldout", "draw": 0, "support_tokens": [0, 8]}
+    rows += [{**same, "loss": loss, "lr": lr, "chosen": chosen} for loss, lr, chosen in adapt]
+    path.mkdir()
+    (path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_speed_up_of_a_curve_that_falls_twice_as_fast_is_two_and_of_one_that_stays_above_is_missing(tmp_path):
+    base = write_log(tmp_path / "base", [(0, 5.0), (50, 4.0), (100, 3.0)])
+    fast = write_log(tmp_path / "fast", [(0, 5.0), (100, 1.0)], inner_steps=1)  # at 3.0 between evaluations, at 50
+    slow = write_log(tmp_path / "slow", [(0, 5.0), (100, 3.1)], inner_steps=2)
+    methods, _ = plot.read_methods([base, fast, slow])
+    (base,), (fast,), (slow,) = (list(seeds.values()) for seeds in methods.values())
+    np.testing.assert_allclose(plot.speed_up([fast], [base]), [2, 2, 2])
+    assert np.isnan(plot.speed_up([slow], [base])).all()
+
+
+def test_runs_that_differ_only_in_seed_fold_into_one_method_and_differences_are_paired_by_seed(tmp_path):
+    losses = {"base_s1": 3.0, "base_s2": 4.0, "maml_s1": 2.0, "maml_s2": 3.5}
+    for name, loss in losses.items():
+        write_log(
+            tmp_path / name, [(0, 9.0), (9, loss)], seed=int(name[-1]), inner_steps=int("maml" in name), out_dir=name
+        )
+    methods, unit = plot.read_methods(tmp_path / name for name in losses)
+    assert {label: sorted(seeds) for label, seeds in methods.items()} == {"base": [1, 2], "maml": [1, 2]}
+    # differences -1 and -0.5: mean -0.75, deviation 0.5 / sqrt(2), so half the interval is 12.706 * 0.25
+    line = next(line for line in plot.scoreboard(methods, unit).splitlines() if "held-out domains" in line)
+    assert line.split("  ")[-1].strip() == "2.750 (-0.75 ± 3.2)"
+
+
+def test_newer_adapt_rows_take_the_place_of_older_ones(tmp_path):
+    old, new = [([3.0, 2.5], 0.1, True), ([3.0, 2.9], 0.2, False)], [([3.0, 2.0], 0.1, False), ([3.0, 1.0], 0.2, True)]
+    run = plot.read_methods([write_log(tmp_path / "run", [(9, 3.0)], old + new)])[0]["run"][1]
+    np.testing.assert_array_equal(run["ladder"][:, 0, 0], [[3.0, 1.0], [3.0, 2.0]])  # the rate chosen last comes first
+
+
+def test_a_cut_last_line_is_left_out_and_logs_beyond_repair_are_refused_with_a_remedy(tmp_path):
+    log = write_log(tmp_path / "run", [(0, 5.0), (9, 3.0)]) / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"kind": "val", "st')
+    assert [row["kind"] for row in plot.read_log(log)] == ["run", "val", "val"]
+    header, first, *_ = whole.splitlines()
+    for text, remedy in {
+        "": "train it again",
+        first + "\n": "train it again",
+        "no json\n" + whole: "line 1.*delete",
+    }.items():
+        log.write_text(text)
+        with pytest.raises(SystemExit, match=remedy):
+            plot.read_log(log)
+    with pytest.raises(SystemExit, match="no log at .*train.py"):
+        plot.read_log(tmp_path / "nowhere")
+
+
+def test_the_picture_and_the_scoreboard_need_no_torch(tmp_path):
+    run = write_log(tmp_path / "run", [(0, 5.0), (9, 3.0)])
+    code = "import sys, plot; sys.argv[1:] = [sys.argv[1]]; plot.main(); assert 'torch' not in sys.modules"
+    out = subprocess.run(
+        [sys.executable, "-c", code, run], capture_output=True, text=True, cwd=Path(plot.__file__).parent
+    )
+    assert out.returncode == 0, out.stderr
+    assert Path(out.stdout.splitlines()[-1]).stat().st_size > 10_000

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,8 +176,11 @@ class Run:
 
 def train(run: Run):
     cfg, model, stop_signals, stopping = run.cfg, run.learner.model, [], False
-    for sig in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send: finish the step, save, go
-        signal.signal(sig, lambda number, frame: stop_signals.append(number))
+    for sig in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # what Slurm and a person send: finish the step, save, go; at once if sent twice
+        signal.signal(sig, lambda number, _: stop_signals.append(number) or signal.signal(number, signal.SIG_DFL))
     ddp = DDP(run.learner, broadcast_buffers=False, gradient_as_bucket_view=True) if run.world_size > 1 else run.learner
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     while True:
@@ -195,13 +199,10 @@ def train(run: Run):
         run.seconds += (took := time.perf_counter() - began)
         run.step += 1
         flops = progress(cfg, model, run.step, 0)["flops"] - now["flops"]
-        if run.rank == 0 and (run.step - 1) % cfg.log_interval == 0:
-            clipped, run.learner.clipped = int(run.learner.clipped), 0
-            lr = run.optimizer.param_groups[0]["lr"]
-            append_row(
-                cfg.out_dir,
-                {"kind": "train", **now, "loss": loss, "lr": lr, "grad_norm": grad_norm, "clipped": clipped},
-            )
+        if run.rank == 0 and now["step"] % cfg.log_interval == 0:
+            row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+            append_row(cfg.out_dir, {"kind": "train", **now, **row, "clipped": int(run.learner.clipped)})
+            run.learner.clipped = 0
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step(cfg) / took:,.0f} tokens/s{mfu(run, flops / took)}")
         bar.update()
     bar.close()
@@ -238,8 +239,8 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
     loss = report[:n].mean().item()
     if not math.isfinite(loss + grad_norm):
         raise SystemExit(
-            f"step {run.step}: loss {loss}, gradient norm {grad_norm}: stopped before the update. Go on from the checkpoint in "
-            f"{cfg.out_dir} with --init_from=resume and a lower learning_rate or inner_lr, or with inner_clip=1.0"
+            f"step {run.step}: loss {loss}, gradient norm {grad_norm}: stopped before the update. Go on from the last "
+            f"checkpoint in {cfg.out_dir}: --init_from=resume and a lower learning_rate or inner_lr, or inner_clip=1.0"
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -310,8 +311,9 @@ class Dataset:
         size = np.array([self.lengths[d, "train"].sum() for d in self.train_domains], dtype=float)
         self.share = size / size.sum() if cfg.domain_sampling == "size" else np.full(len(size), 1 / len(size))
         self.cfg = cfg
-        for d in self.train_domains:  # every task must find its rows, none twice
-            self.windows(d, "train", 1 if cfg.shuffle_domains else cfg.batch_size, rng(0))
+        for d, share in zip(self.train_domains, self.share, strict=True):  # every task must find its rows, none twice
+            most = math.ceil(share * cfg.tasks_per_step * cfg.batch_size) + 1 if cfg.shuffle_domains else cfg.batch_size
+            self.windows(d, "train", min(most, cfg.batch_size), rng(0))
 
     def windows(self, domain: str, split: str, n: int, rng: np.random.Generator, at_most: bool = False) -> np.ndarray:
         """n rows of T + 1 ids from anywhere in a split, no position in two rows; with at_most fewer if it is small."""
@@ -380,7 +382,8 @@ def start(cfg: Config) -> Run:
     device = pick_device(cfg.device)
     data = Dataset(cfg)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     resume, ckpt = Path(cfg.out_dir) / "ckpt.pt", None
     if cfg.init_from == "resume":
         previous = resume.with_name("ckpt_prev.pt")  # alone if a kill fell between two renames
@@ -444,16 +447,12 @@ def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
     """A run resumes as what it was; other weights need only have room for the data."""
     old, new = ckpt["model_args"], args
     if cfg.init_from == "resume":
-        old = old | {
-            "dataset": ckpt["dataset"]["sha256"][:9],
-            "inner rates": len(ckpt["learner"].get("log_inner_lr", [])),
-        }
+        rates = len(ckpt["learner"].get("log_inner_lr", []))
+        old = old | {"dataset": ckpt["dataset"]["sha256"][:9], "inner rates": rates}
         new = new | {"dataset": data.sha256[:9], "inner rates": cfg.inner_steps * cfg.learn_inner_lr}
-        changed = [f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]]
+        changed = ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k])
         if changed:
-            raise ValueError(
-                f"{cfg.out_dir} was trained with {', '.join(changed)}: resume alike, or use another out_dir"
-            )
+            raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike, or use another out_dir")
     elif old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
         raise ValueError(f"{cfg.init_from} has {old['vocab_size']} ids and {old['block_size']} positions: too few here")
 
@@ -484,8 +483,8 @@ def save_checkpoint(run: Run, losses: dict | None = None):
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         raise SystemExit(
-            f"step {run.step}: cannot write {out / 'ckpt.pt'} ({str(error)[:200]}). The one before is whole: make room, "
-            "and resume with --init_from=resume"
+            f"step {run.step}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]}). The one before is whole: make room, "
+            "then --init_from=resume"
         ) from None
 
 
@@ -507,24 +506,15 @@ def open_log(run: Run, resumed: bool):
 
 def header(run: Run) -> dict:
     """The log's first row: what is needed to make the run again, and to read its log without the data."""
-    describe = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = shutil.which("git") and subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{platform.machine()} {run.device.type}"
     meta, model = run.data.meta, run.learner.model
     sizes = {d: (sum(v.get("bytes", {}).values()), sum(v["tokens"].values())) for d, v in meta["domains"].items()}
     return {
         "kind": "run",
         "config": dataclasses.asdict(run.cfg),
-        "commit": commit,
+        "commit": (git and git.stdout.strip()) or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "device": f"{run.world_size} x {card}",
         "params": sum(p.numel() for p in model.parameters()),
@@ -593,14 +583,17 @@ def one_line(run: Run, losses: dict) -> str:
 def summary(run: Run) -> str:
     """What is about to happen, in five lines."""
     cfg, model, roles = run.cfg, run.learner.model, list(run.data.domains.values())
-    order = "first" if cfg.first_order else f"second (after step {cfg.first_order_steps})"
-    inner = f"{cfg.inner_steps} inner {cfg.inner_optimizer} steps at {cfg.inner_lr:g}, {order} order, {cfg.objective!r}"
+    order = "first" if cfg.first_order else f"after {cfg.first_order_steps} steps second"
+    rates = ", learned rates from" if cfg.learn_inner_lr else " at"
+    inner = (
+        f"{cfg.inner_steps} x {cfg.inner_optimizer}{rates} {cfg.inner_lr:g}, {order} order, objective {cfg.objective!r}"
+    )
     total = progress(cfg, model, cfg.max_steps, 0)
     count = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
     return f"""data     {run.data.root}: domains: {count}; {run.data.meta["tokenizer"]} tokens
 model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context
 learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
-step     {cfg.tasks_per_step} tasks of {cfg.batch_size} rows: {tokens_per_step(cfg):,} tokens, on {run.world_size} x {run.device}
+step     {cfg.tasks_per_step} tasks, {cfg.batch_size} rows: {tokens_per_step(cfg):,} tokens; {run.world_size} {run.device}
 total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs, into {cfg.out_dir}"""
 
 

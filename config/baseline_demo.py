@@ -12,7 +12,7 @@ n_embd = 96
 
 batch_size = 8
 tasks_per_step = 9
-max_steps = 300
+max_steps = 240
 shuffle_domains = True
 
 learning_rate = 3e-3

@@ -12,12 +12,12 @@ n_embd = 96
 
 batch_size = 8
 tasks_per_step = 9
-max_steps = 300
+max_steps = 240
 
 inner_steps = 1
 inner_lr = 0.02
 learn_inner_lr = True
-first_order_steps = 200
+first_order_steps = 180
 
 learning_rate = 3e-3
 min_lr = 3e-4
