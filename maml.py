@@ -34,8 +34,10 @@ from functools import partial
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.func import functional_call, grad, grad_and_value, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Tensors = dict[str, torch.Tensor]  # by parameter name, as in dict(model.named_parameters())
 
@@ -146,14 +148,15 @@ class MAML(nn.Module):
 
     def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> Tensors:
         """H v. The Hessian is symmetric, so forward over reverse and reverse over reverse agree; the first wins once
-        compiled (it needs no tape), the second eagerly. MATH, since the fused kernels have no second derivative, and
-        inside, since a compiled function does not see an sdpa_kernel context around it."""
-        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        compiled (no tape), the second eagerly. The contexts are inside: compiled code sees none around it."""
+        with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():
             if torch.compiler.is_compiling():
                 return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))[1]
-            phi = {n: t.detach().requires_grad_() for n, t in phi.items()}
-            g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
-            return dict(zip(phi, torch.autograd.grad(g, phi.values(), v.values(), materialize_grads=True), strict=True))
+            with torch.enable_grad():
+                phi = {n: t.requires_grad_() for n, t in phi.items()}
+                g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
+                hv = torch.autograd.grad(g, phi.values(), v.values(), materialize_grads=True)
+            return dict(zip(phi, hv, strict=True))
 
     def unrolled_gradient(self, x, y, *phi):
         with sdpa_kernel(SDPBackend.MATH):
@@ -166,6 +169,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, learner, x, y, *phi):
+        phi = [p.detach() for p in phi]  # constants to what is compiled, which would else prepare a backward of its own
         g, loss = learner.gradient(dict(zip(learner.names, phi, strict=True)), x, y)
         ctx.learner, ctx.first_order, ctx.batch = learner, learner.first_order, (x, y)
         ctx.save_for_backward(*g.values(), *(() if ctx.first_order else phi))
@@ -183,6 +187,23 @@ class Gradient(torch.autograd.Function):
             hv = ctx.learner.hessian_product(dict(zip(names, phi, strict=True)), v, *ctx.batch).values()
             dphi = [h if d is None else d + h for d, h in zip(dphi, hv, strict=True)]
         return None, None, None, *dphi
+
+
+class CausalInBlocks(TorchFunctionMode):
+    """Causal attention that can be differentiated twice, as no fused kernel can: four blocks of queries, each against
+    the keys up to it alone, in plain operations. It saves MATH's square of masked scores three blocks in eight."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        causal = kwargs == {"is_causal": True, "dropout_p": 0.0} and args[0].size(-2) == args[1].size(-2)
+        if func is not F.scaled_dot_product_attention or not causal:
+            return func(*args, **kwargs or {})
+        q, k, v = args  # (..., T, head size)
+        out, size = [], -(-q.size(-2) // 4)
+        for i in range(0, q.size(-2), size):
+            scores = q[..., i : i + size, :] @ k[..., : i + size, :].mT / q.size(-1) ** 0.5
+            future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=q.device).triu(i + 1)
+            out.append((scores + future).softmax(-1) @ v[..., : i + size, :])
+        return torch.cat(out, -2)
 
 
 def meta_grad(learner: MAML, x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors, torch.Tensor]:

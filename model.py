@@ -145,8 +145,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         # Which kernel runs is the caller's choice (torch.nn.attention.sdpa_kernel): the fused ones are the fastest but
-        # have no second derivative, so maml.py asks for MATH in what it differentiates twice.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=True)
+        # have no second derivative, so maml.py puts plain operations in their place where it differentiates twice.
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 

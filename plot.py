@@ -127,7 +127,7 @@ def measures(runs, baseline):
         ("trained", "held-out domains"): heldout.mean(),
         **{("faster", f"speed-up in {axis}, {when}"): fast[when][k] for when in fast for k, axis in enumerate(AXES)},
         **{("fewer examples", f"after {n:,} tokens"): path[k] for k, n in enumerate(support)},
-        ("fewer examples", "mean on the way (area under the curve)"): np.trapezoid(path, support) / support[-1],
+        ("fewer examples", "mean on the way (area under the curve)"): np.trapezoid(path, support) / max(support[-1], 1),
         ("more robustly", "worst held-out domain, after"): np.mean([end.mean(0).max() for end in ends]),
         ("more robustly", "worst less best rate, after"): np.mean([np.ptp(rate) for rate in rates]),
         ("more reliably", "deviation over seeds, before"): deviation(heldout),

@@ -47,14 +47,14 @@ EOT = "<|endoftext|>"
 # Held out is what no other domain resembles, so that adapting to it is learning and not remembering; 'tune', where
 # learning rates are chosen, is the next farthest and not trained on either. Distances of local are measured, by what
 # an order-4 byte model of the nearest other domain pays over the domain's own: cpp_headers 2.3 bits per byte,
-# font_metrics 8.3, type_stubs 1.1, code and documentation mostly 0.4 to 0.9. Those of the hub are judged by kind.
+# python_docs 1.3, type_stubs 1.1, the others mostly 0.4 to 0.9. Those of the hub are judged by kind.
 COMMON_PILE = """arxiv_abstracts arxiv_papers biodiversity_heritage_library caselaw_access_project cccc
 data_provenance_initiative doab foodista github_archive library_of_congress libretexts news oercommons peS2o
 pre_1929_books pressbooks project_gutenberg public_domain_review pubmed python_enhancement_proposals regulations
 stackexchange stackv2_edu stackv2_html ubuntu_irc uk_hansard usgpo uspto wikimedia wikiteam youtube"""
 LOCAL = {"torch": "torch torchgen functorch", "sympy": "sympy", "science": "numpy matplotlib networkx mpmath PIL"}
 PRESETS = {
-    "local": {"heldout": ["cpp_headers", "font_metrics"], "tune": ["type_stubs"]},  # C++, and tables of numbers
+    "local": {"heldout": ["cpp_headers", "python_docs"], "tune": ["type_stubs"]},  # C++, and prose
     "common_pile": {  # chat, patents and recipes are alone of their kind; debates half so, youtube is speech too
         "hf": ",".join(f"common-pile/{source}_filtered" for source in COMMON_PILE.split()),
         "heldout": ["ubuntu_irc", "uspto", "foodista"],
@@ -111,7 +111,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def read_local(max_mb: float):
-    """Code of the installed packages, its docstrings apart, C++ headers, type stubs, tests, font tables.
+    """Code of the installed packages, its docstrings apart, C++ headers, type stubs, tests.
     Files come in the order of their hash until a domain is full: a sample, and not the first of the alphabet."""
     roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
     for kind in LOCAL:
@@ -122,7 +122,7 @@ def read_local(max_mb: float):
         for path in root.rglob("*.*"):
             inside = set(path.relative_to(root).parts)
             code = "tests" if inside & {"test", "tests"} else f"{kind}_code"
-            domain = {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers", ".afm": "font_metrics"}.get(path.suffix)
+            domain = {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers"}.get(path.suffix)
             generated = path.suffix == ".h" and "ops" in inside  # ATen/ops: seven thousand from one template
             if domain and not generated and not inside & {"site-packages", "dist-packages", "pydoc_data"}:
                 data = path.read_bytes()

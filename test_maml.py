@@ -757,7 +757,7 @@ def test_one_dataset_of_many_domains_streams_through_datasets(tmp_path, monkeypa
 
 
 def write_log(path, points, adapt=(), seed=1, **config):
-    """A log with evaluations [(tokens, loss)] and adapt rows [(domain's loss per rung, lr, chosen)] of the last of them."""
+    """A log with evaluations [(tokens, loss)] and adapt rows [(losses, lr, chosen)] of the last of them."""
     data = {
         "name": "toy",
         "tokenizer": "bytes",
@@ -808,7 +808,7 @@ def test_a_cut_last_line_is_left_out_and_logs_beyond_repair_are_refused_with_a_r
     whole = log.read_text()
     log.write_text(whole + '{"kind": "val", "st')
     assert [row["kind"] for row in plot.read_log(log)] == ["run", "val", "val"]
-    header, first, *_ = whole.splitlines()
+    _, first, *_ = whole.splitlines()
     for text, remedy in {
         "": "train it again",
         first + "\n": "train it again",
@@ -817,7 +817,7 @@ def test_a_cut_last_line_is_left_out_and_logs_beyond_repair_are_refused_with_a_r
         log.write_text(text)
         with pytest.raises(SystemExit, match=remedy):
             plot.read_log(log)
-    with pytest.raises(SystemExit, match="no log at .*train.py"):
+    with pytest.raises(SystemExit, match=r"no log at .*train\.py"):
         plot.read_log(tmp_path / "nowhere")
 
 

@@ -593,7 +593,7 @@ def summary(run: Run) -> str:
     return f"""data     {run.data.root}: domains: {count}; {run.data.meta["tokenizer"]} tokens
 model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context
 learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
-step     {cfg.tasks_per_step} tasks, {cfg.batch_size} rows: {tokens_per_step(cfg):,} tokens; {run.world_size} {run.device}
+step     {cfg.tasks_per_step} x {cfg.batch_size} rows, {tokens_per_step(cfg):,} tokens, on {run.world_size} {run.device}
 total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs, into {cfg.out_dir}"""
 
 

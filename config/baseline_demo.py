@@ -11,13 +11,13 @@ n_head = 4
 n_embd = 96
 
 batch_size = 8
-tasks_per_step = 9
-max_steps = 240
+tasks_per_step = 8
+max_steps = 270
 shuffle_domains = True
 
 learning_rate = 3e-3
 min_lr = 3e-4
 warmup_steps = 30
 
-eval_interval = 50
+eval_interval = 45
 eval_steps = 2

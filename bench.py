@@ -1,0 +1,196 @@
+"""Speed and memory, as ratios measured in one run: A B C A B C ..., the median of the ratios to the plain step beside.
+
+    python bench.py                   # the learner against plain training, eagerly
+    python bench.py --compile         # the same, compiled as well (minutes of compilation)
+    python bench.py --compile --dtype bfloat16 --n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --vocab_size 50304
+    python bench.py data              # tokenisation against tiktoken alone, and what a draw of a task costs
+
+F is a third of a plain eager step (forward and backward) on one chunk of --rows rows with fused attention. `counted`
+is what maml.py's lesson says in F; `ratio` is measured / counted. Peak memory is that of the tensors that torch
+allocates during one step, parameters and their gradients apart, over the plain step's.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import prepare_data
+from maml import MAML
+from model import GPT, GPTConfig
+from train import Config, Dataset, pick_device
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the learner
+
+
+def bench_learner(args) -> list[dict]:
+    device, autocast = pick_device(args.device), torch.bfloat16 if args.dtype == "bfloat16" else None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(args.block_size, args.vocab_size, args.n_layer, args.n_head, args.n_embd)).to(device)
+    cases = [("plain", 0, {})]
+    cases += [(f"first order, K={K}", K, {"first_order": True}) for K in (1, 3)]
+    cases += [(f"second order, K={K}", K, {}) for K in (1, 3, 5, 10)]
+    cases += [("second order, K=3, AdamW inside", 3, {"inner_optimizer": "adamw", "inner_lr": 1e-3})]
+    compiled = [
+        case for case in cases if args.compile and case[1] != 5
+    ]  # torch compiles a function for 8 learners at most
+    cases += [(f"{name}, compiled", K, how | {"compile": True}) for name, K, how in compiled]
+    steps, rows = [], []
+    for name, K, how in cases:
+        learner = MAML(model, K, **{"inner_lr": 0.01, "autocast": autocast} | how).to(device)
+        ids = torch.randint(args.vocab_size, (args.rows * (K + 1), args.block_size + 1), device=device)
+        counted = 3 * (K + 1) if how.get("first_order") else 12 * K + 3
+        steps.append(lambda learner=learner, x=ids[:, :-1], y=ids[:, 1:]: learner(x, y).backward())
+        rows.append({"case": name, "K": K, "counted": counted, "stored": min(counted, 9 * K + 3)})
+    for step in tqdm(steps, "warming up"):
+        step()
+    seconds = [[timed(step, device) for step in steps] for _ in tqdm(range(args.repeat), "measuring")]
+    peaks = [peak_memory(model, step, device) for step in steps]
+    for i, row in enumerate(rows):
+        row["F"] = statistics.median(3 * times[i] / times[0] for times in seconds)
+        row |= {"ratio": row["F"] / row["counted"], "of 9K+3": row["F"] / row["stored"]}
+        row |= {"ms": 1e3 * statistics.median(times[i] for times in seconds), "memory": peaks[i] / peaks[0]}
+        row["tokens/s"] = args.rows * (row["K"] + 1) * args.block_size / row["ms"] * 1e3
+    return rows
+
+
+def timed(step, device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_memory(model, step, device) -> int:
+    """Bytes allocated at the height of a step, above what was there before it."""
+    model.zero_grad()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the data
+
+
+def bench_data(args) -> list[dict]:
+    """Preparing a text against tiktoken on the same text in memory, two processes each; and drawing tasks at scale."""
+    tokenizer = prepare_data.get_tokenizer(args.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_data.main(["local", "--name", "text", "--data_dir", folder])
+        decode = prepare_data.get_tokenizer("bytes").decode
+        shards = [prepare_data.open_shard(path) for path in sorted(Path(folder, "text").glob("*/train_*.bin"))]
+        texts = [text for ids in shards for text in decode(ids.tolist()).split(prepare_data.EOT)]
+        Path(folder, "in").mkdir()
+        Path(folder, "in", "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        ratios = []
+        for i in range(3):
+            began = time.perf_counter()
+            with multiprocessing.Pool(2) as pool:
+                pool.map(encode, [(tokenizer.name, texts[0::2]), (tokenizer.name, texts[1::2])])
+            alone, began = time.perf_counter() - began, time.perf_counter()
+            options = ["--name", str(i), "--data_dir", folder, "--tokenizer", tokenizer.name, "--workers", "2"]
+            prepare_data.main([f"{folder}/in", *options])
+            ratios.append(alone / (time.perf_counter() - began))
+        megabytes = Path(folder, "in", "all.jsonl").stat().st_size / 1e6
+        rows = [
+            {
+                "case": f"tokenise {megabytes:.0f} MB ({tokenizer.name}) against memory",
+                "ratio": statistics.median(ratios),
+            }
+        ]
+        rows.append(
+            {"case": "draw one sequence, 10 domains, 1e7 tokens", "us": draw_time(Path(folder, "small"), 10, 10**6)}
+        )
+        rows.append(
+            {
+                "case": "draw one sequence, 40 domains, 1e10 tokens",
+                "us": draw_time(Path(folder, "big"), 40, 250 * 10**6),
+            }
+        )
+    return rows
+
+
+def encode(task):
+    name, texts = task
+    return len(prepare_data.get_tokenizer(name).encode_ordinary_batch(texts, num_threads=1))
+
+
+def draw_time(root: Path, domains: int, tokens: int) -> float:
+    """Microseconds to draw a row of 1,024 tokens, from sparse files of that many tokens a domain in shards of 1e8."""
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "domains": {}}
+    for d in map(str, range(domains)):
+        shards = {}
+        for n in range(0, tokens, 10**8):
+            path, count = root / d / f"train_{n // 10**8:06}.bin", min(10**8, tokens - n)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.array([prepare_data.MAGIC, prepare_data.VERSION, count], np.int32).tofile(path)
+            with open(path, "r+b") as file:
+                file.truncate(4 * prepare_data.HEADER_INTS + 2 * count)
+            shards[f"{d}/{path.name}"] = ""
+        meta["domains"][d] = {"role": "train", "shards": {"train": shards, "val": {}}}
+    (root / "meta.json").write_text(json.dumps(meta))
+    cfg = Config(data_dir=str(root.parent), dataset=root.name, block_size=1024, batch_size=16, tasks_per_step=8)
+    data, began = Dataset(cfg), time.perf_counter()
+    for step in range(50):
+        for task in range(8):
+            data.task(step, task)
+    return 1e6 * (time.perf_counter() - began) / (50 * 8 * 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="learner", choices=["learner", "data"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--tokenizer", default="gpt2")
+    parser.add_argument("--repeat", type=int, default=7, help="rounds of measurement")
+    shape = dict(rows=8, block_size=256, n_layer=4, n_head=4, n_embd=128, vocab_size=320)
+    for name, default in shape.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/bench.json"))
+    args = parser.parse_args()
+    rows = (bench_data if args.what == "data" else bench_learner)(args)
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    about = {"device": device, "torch": torch.__version__} | {name: getattr(args, name) for name in ("dtype", *shape)}
+    columns = [key for key in rows[0] if key not in ("K", "stored")]
+    print(*(f"{key}={value}" for key, value in about.items()))
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        cells = [f"{row[c]:.2f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
+        print(cells[0].ljust(46) + "".join(cell.rjust(12) for cell in cells[1:]))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
