@@ -146,17 +146,17 @@ class MAML(nn.Module):
     def gradient(self, phi: Tensors, x, y) -> tuple[Tensors, torch.Tensor]:
         return grad_and_value(self.loss)(phi, x, y)
 
-    def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> Tensors:
-        """H v. The Hessian is symmetric, so forward over reverse and reverse over reverse agree; the first wins once
-        compiled (no tape), the second eagerly. The contexts are inside: compiled code sees none around it."""
+    def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> tuple[Tensors, Tensors]:
+        """g and H v. As H is symmetric, forward over reverse and reverse over reverse agree; the first wins compiled,
+        having no tape, the second eagerly. The contexts are inside, or compiled code would not see them."""
         with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():
             if torch.compiler.is_compiling():
-                return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))[1]
+                return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))
             with torch.enable_grad():
                 phi = {n: t.requires_grad_() for n, t in phi.items()}
                 g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
                 hv = torch.autograd.grad(g, phi.values(), v.values(), materialize_grads=True)
-            return dict(zip(phi, hv, strict=True))
+            return dict(zip(phi, g, strict=True)), dict(zip(phi, hv, strict=True))
 
     def unrolled_gradient(self, x, y, *phi):
         with sdpa_kernel(SDPBackend.MATH):
@@ -172,21 +172,17 @@ class Gradient(torch.autograd.Function):
         phi = [p.detach() for p in phi]  # constants to what is compiled, which would else prepare a backward of its own
         g, loss = learner.gradient(dict(zip(learner.names, phi, strict=True)), x, y)
         ctx.learner, ctx.first_order, ctx.batch = learner, learner.first_order, (x, y)
-        ctx.save_for_backward(*g.values(), *(() if ctx.first_order else phi))
-        ctx.set_materialize_grads(False)  # a cotangent that is zero arrives as None
+        ctx.save_for_backward(*(g.values() if ctx.first_order else phi))  # the Hessian's product brings g along
         return loss, *g.values()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *dg):
-        names, saved = ctx.learner.names, ctx.saved_tensors
-        g, phi = saved[: len(names)], saved[len(names) :]
-        dphi = [None] * len(names) if dloss is None else [dloss * t for t in g]
-        if not ctx.first_order and any(d is not None for d in dg):
-            v = {n: torch.zeros_like(p) if d is None else d for n, p, d in zip(names, phi, dg, strict=True)}
-            hv = ctx.learner.hessian_product(dict(zip(names, phi, strict=True)), v, *ctx.batch).values()
-            dphi = [h if d is None else d + h for d, h in zip(dphi, hv, strict=True)]
-        return None, None, None, *dphi
+        if ctx.first_order:
+            return None, None, None, *(dloss * g for g in ctx.saved_tensors)
+        phi, v = (dict(zip(ctx.learner.names, ts, strict=True)) for ts in (ctx.saved_tensors, dg))
+        g, hv = ctx.learner.hessian_product(phi, v, *ctx.batch)
+        return None, None, None, *(dloss * g[n] + hv[n] for n in phi)
 
 
 class CausalInBlocks(TorchFunctionMode):

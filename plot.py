@@ -1,7 +1,7 @@
 """The picture and the scoreboard: what was gained over the baseline, told from the logs alone.
 
-    python plot.py out/baseline_demo out/maml_demo                        # writes out/curves.png, prints the scoreboard
-    python plot.py results/baseline_s* results/* --markdown -o curves.png # the first run named is the baseline
+    python plot.py out/baseline_demo out/maml_demo  # writes out/curves.png, prints the scoreboard
+    python plot.py results/baseline_s* results/* --markdown -o curves.png  # the first run named is the baseline
 
 Runs whose configs differ only in seed are one method: a line is the mean over its seeds, a band their range.
 """
@@ -27,7 +27,9 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  #
 def read_methods(paths):
     """{label: {seed: run}}, the baseline first, and the unit of all losses."""
     paths = dict.fromkeys(path.resolve() for path in paths if path.suffix == ".jsonl" or not path.is_file())
-    logs = {path: read_log(path) for path in paths}  # the above: results/* names other files and the baseline again
+    if not paths:  # what is left of results/*, which names other files too, and the baseline twice
+        raise SystemExit("no logs among these files: pass the out_dir of runs of train.py")
+    logs = {path: read_log(path) for path in paths}
     bits = len({rows[0]["dataset"]["tokenizer"] for rows in logs.values()}) > 1  # nats per token would not compare
     methods, labels, protocol = {}, {}, {}
     for path, rows in logs.items():
@@ -64,8 +66,10 @@ def to_run(rows, bits):
     """A run's mean losses before ('train', 'heldout') and after adaptation ('adapted'): {step: [tokens, flops, seconds,
     loss]}; and its last 'ladder'. Newer rows replace older ones: a run is resumed, or adapted again."""
     roles, size = rows[0]["dataset"]["roles"], rows[0]["dataset"]["bytes_per_token"]
-    unit = {d: 1 / math.log(2) / size[d] if bits else 1.0 for d in sorted(roles)}
+    unit = {d: 1 / math.log(2) / size.get(d, math.nan) if bits else 1.0 for d in sorted(roles)}
     domains = {role: [d for d in unit if roles[d] == role] for role in ("train", "heldout")}
+    if not domains["heldout"]:
+        raise SystemExit("a run holds no domain out, so there is nothing to compare: prepare its data with --heldout")
     run = {"head": rows[0], "domains": domains["heldout"], "support": [], "ladder": np.full((1, 1, 1, 1), math.nan)}
     run |= {"train": {}, "heldout": {}, "adapted": {}}
     for row in [row for row in rows if row["kind"] == "val"]:
@@ -73,7 +77,7 @@ def to_run(rows, bits):
             loss = np.mean([unit[d] * row["loss"].get(d, math.nan) for d in names])
             run[role][row["step"]] = [*(row[axis] for axis in AXES), loss]
     adapt = [row for row in rows if row["kind"] == "adapt" and row["role"] == "heldout"]
-    for step in sorted({row["step"] for row in adapt}):
+    for step in sorted({row["step"] for row in adapt if row["chosen"]}):
         last = [row for row in adapt if row["step"] == step]
         run["support"], run["ladder"] = last[-1]["support_tokens"], ladder(last, domains["heldout"], unit)
         run["adapted"][step] = [*(last[-1][axis] for axis in AXES), run["ladder"][0, ..., -1].mean()]
@@ -140,6 +144,7 @@ def measures(runs, baseline):
 
 
 # --- table and picture ------------------------------------------------------------------------------------------------
+@np.errstate(divide="ignore", invalid="ignore")  # a loss may be infinite, a curve empty
 def scoreboard(methods, unit, markdown=False):
     """The measures as a table. A cell: the value (its difference to the baseline, paired by seed, ± 95% t interval)."""
     first, columns = next(iter(methods.values())), []
@@ -164,6 +169,7 @@ def cell(value, differences):
     return ("-" if math.isnan(value) else f"{value:#.4g}") + paired
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # a loss may be infinite, a curve empty
 def picture(methods, unit):
     """Learning curves, with arrows from the baseline's end to where others reach its loss; below, the last ladders."""
     fig = Figure(figsize=(11, 9.5 + 0.3 * len(methods)), layout="constrained", dpi=150)
@@ -175,7 +181,8 @@ def picture(methods, unit):
         runs, look = [*seeds.values()], {"color": COLORS[i % 6], "ls": LINES[i % 5], "marker": MARKERS[i % 7], "ms": 4}
         panels = {"support": (runs[0]["support"] or [0], np.array([run["ladder"][0].mean((0, 1)) for run in runs]))}
         for role in ("heldout", "train"):
-            late = curve(runs, role)[:, len(runs[0][role]) // 6 :]  # the first sixth would press the rest flat
+            late = curve(runs, role)
+            late = late[:, late.shape[1] // 6 :]  # the first sixth would press the rest flat
             panels |= {role + axis: (late[..., k].mean(0), late[..., 3]) for k, axis in enumerate(AXES)}
         mean, ratio, sizes = curve(runs, "heldout").mean(0), speed_up(runs, first), runs[0]["support"] or sizes
         says = "speed-up {:.2f}x in tokens, {:.2f}x in FLOPs, {:.2f}x in time".format(*ratio)
@@ -189,8 +196,9 @@ def picture(methods, unit):
             if i and here >= 0:
                 axes["heldout" + axis].annotate("", (here, end), (start, end), arrowprops=arrow, zorder=5)
         for head in (run["head"] for run in runs):
-            data = f"{head['dataset']['name']} ({head['dataset']['tokenizer']} tokens), {short(mean[-1, 0])} tokens"
-            facts[f"{data}, {short(head['params'])} parameters, commit {head['commit'][:7]}"] = None
+            data, commit = head["dataset"], head["commit"][:7] + head["commit"][40:]  # 40 digits, perhaps '-dirty'
+            size = f"{short(mean[-1, 0])} tokens, {short(head['params'])} parameters"
+            facts[f"{data['name']} ({data['tokenizer']} tokens), {size}, commit {commit}"] = None
     for axis in AXES:
         for role, name in (("heldout", "held-out"), ("train", "train-domain")):
             axes[role + axis].set(xlabel=AXES[axis], ylabel=f"{name} loss ({unit})", xlim=(0, None))
@@ -202,8 +210,8 @@ def picture(methods, unit):
     note = "Speed-up (arrows): the baseline's way to its final held-out loss, before adaptation, over the method's"
     handles = axes["support"].get_legend_handles_labels()
     fig.legend(*handles, title=note, loc="outside lower center", ncols=min(2, len(methods)), fontsize=9, frameon=False)
-    names = fill(f"{', '.join([*methods][1:]) or 'nothing'} against {next(iter(methods))}", 100)
-    fig.suptitle("\n".join([names, *facts]))
+    names = " against ".join(filter(None, [", ".join([*methods][1:]), next(iter(methods))]))
+    fig.suptitle("\n".join([fill(names, 100), *facts]))
     return fig
 
 
@@ -215,9 +223,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     path = args.output or args.runs[-1].parent / "curves.png"
     methods, unit = read_methods(args.runs)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a loss may be infinite
-        picture(methods, unit).savefig(path)
-        print(scoreboard(methods, unit, args.markdown), path, sep="\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(methods, unit).savefig(path)
+    print(scoreboard(methods, unit, args.markdown), path, sep="\n")
 
 
 if __name__ == "__main__":

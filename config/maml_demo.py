@@ -4,7 +4,6 @@
 
 out_dir = "out/maml_demo"
 dataset = "local"
-
 block_size = 128
 n_layer = 3
 n_head = 4
@@ -22,6 +21,5 @@ first_order_steps = 200
 learning_rate = 3e-3
 min_lr = 3e-4
 warmup_steps = 30
-
 eval_interval = 45
 eval_steps = 2
