@@ -89,9 +89,9 @@ class MAML(nn.Module):
         self.log_inner_lr = None
         if learn_inner_lr and inner_steps:
             self.log_inner_lr = nn.Parameter(torch.full((inner_steps, len(self.names)), math.log(inner_lr)))
-        if compile:  # whole functions with the torch.func.grad in them: a compiled loss under it would run uncompiled
+        if compile:  # the functions that contain torch.func.grad, whole: a compiled loss under it would run uncompiled
             for function in ("loss", "gradient", "hessian_product"):
-                setattr(self, function, torch.compile(getattr(self, function)))
+                setattr(self, function, torch.compile(getattr(self, function), fullgraph=True))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, unrolled: bool = False) -> torch.Tensor:
         xs, ys = chunks(x, self.inner_steps + 1), chunks(y, self.inner_steps + 1)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,6 +340,40 @@ def test_evaluation_and_training_take_the_same_inner_steps():
     with torch.no_grad():
         after = learner.loss(learner.adapt(x[:8], y[:8]), x[8:], y[8:])
     assert learner(x, y).item() == after.item()
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_what_is_compiled_is_compiled_whole_and_once(monkeypatch, first_order):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # as traced, without a compiler
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    model = tiny_gpt(n_layer=1)
+    compiled = MAML(model, 2, 0.1, first_order=first_order, compile=True)
+    for seed in range(2):
+        x, y = task(seed=seed)
+        expected, _ = meta_gradient(MAML(model, 2, 0.1, first_order=first_order), x, y)
+        assert distance(meta_gradient(compiled, x, y)[0], expected) < 1e-12
+        assert graphs["unique_graphs"] == (2 if first_order else 3)  # loss, gradient and the Hessian's product
+
+
+def test_attention_is_fused_except_where_it_is_differentiated_twice():
+    learner = MAML(tiny_gpt().float(), 1, 0.1)
+    with torch.profiler.profile() as forward:
+        loss = learner(*task())
+    with torch.profiler.profile() as backward:
+        loss.backward()
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    fused = [sum(event.name == kernel for event in p.events()) for p in (forward, backward)]
+    assert fused == [2 * 2, 0]  # two layers, two chunks; in the backward none is computed again by a fused kernel
+
+
+def test_bfloat16_agrees_with_float32_and_leaves_parameters_and_updates_in_float32():
+    model, (x, y) = tiny_gpt().float(), task()
+    learners = [MAML(model, 1, 0.1, autocast=dtype) for dtype in (None, torch.bfloat16)]
+    (exact, loss), (rounded, rounded_loss) = (meta_gradient(learner, x, y) for learner in learners)
+    assert 0 < abs(loss - rounded_loss) < 0.02 * loss and 0 < distance(rounded, exact) < 0.05
+    assert all(t.dtype == torch.float32 for t in (*rounded.values(), *learners[1].adapt(x, y).values()))
 
 
 def test_flops_are_what_the_flop_counter_counts():
