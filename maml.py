@@ -51,8 +51,8 @@ class MAML(nn.Module):
     learn_inner_lr: inner_lr is where log_inner_lr[k, i] starts, the learned rate of inner step k for parameter tensor i
     (Li et al. 2017, Meta-SGD, arXiv 1707.09835; per step as in Antoniou et al. 2019). inner_clip bounds the norm of a
     whole inner gradient, 0 does not; `clipped` counts. autocast is the dtype of the products inside the loss.
-    AdamW inside starts afresh with every task, unless second_moment holds v by name (as trained by an outer AdamW). The
-    first step of a fresh AdamW is sign(g), whose derivative is zero: with K = 1 second order then *is* first order.
+    AdamW inside starts afresh with every task, unless second_moment is set to a v for each of names (an outer AdamW's).
+    The first step of a fresh AdamW is sign(g), whose derivative is zero: with K = 1 second order then *is* first order.
     """
 
     def __init__(
@@ -76,10 +76,8 @@ class MAML(nn.Module):
             if value not in known:
                 raise ValueError(f"{value!r} is unknown to MAML: choose {' or '.join(map(repr, known))}")
         if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_clip, inner_weight_decay) < 0:
-            raise ValueError(
-                "inner_lr must be positive, and inner_steps, _warmup, _clip and _weight_decay not negative"
-            )
-        if inner_steps and not first_order and any(getattr(m, "p", 0) > 0 for m in model.modules()):
+            raise ValueError("inner_lr must be positive; inner_steps, _warmup, _clip and _weight_decay not negative")
+        if inner_steps and not first_order and any(isinstance(m, DROPOUT) and m.p > 0 for m in model.modules()):
             raise ValueError("dropout would draw anew for the Hessian: set dropout=0.0, or first_order=True")
         self.model, self.inner_steps, self.first_order, self.objective = model, inner_steps, first_order, objective
         self.update, self.inner_lr, self.inner_weight_decay = UPDATES[inner_optimizer], inner_lr, inner_weight_decay
@@ -117,9 +115,9 @@ class MAML(nn.Module):
         for k, (x, y) in enumerate(zip(xs, ys, strict=True)):
             loss, *g = gradient(x, y, *phi.values())
             if self.inner_clip:
-                norm = torch.stack([t.square().sum() for t in g]).sum().sqrt()
-                self.clipped = self.clipped + (norm.detach() > self.inner_clip)
-                g = [t * (self.inner_clip / norm.clamp(min=self.inner_clip)) for t in g]
+                square = torch.stack([t.square().sum() for t in g]).sum()
+                self.clipped = self.clipped + (square.detach() > self.inner_clip**2)
+                g = [t * (self.inner_clip / square.clamp(min=self.inner_clip**2).sqrt()) for t in g]
             stepped, state = self.update(phi.values(), g, self.rates(k), self.inner_weight_decay, state)
             phi = dict(zip(self.names, stepped, strict=True))
             yield loss, phi
@@ -231,11 +229,12 @@ def adamw(phi, g, lr, weight_decay, state):
 
 
 def chunks(x, n):
-    if x.size(0) % n:
+    if n and x.size(0) % n:
         raise ValueError(f"{x.size(0)} rows do not split into {n} equal chunks: make batch_size a multiple of {n}")
-    return x.chunk(n)
+    return x.chunk(n) if n else ()
 
 
 UPDATES = {"sgd": sgd, "adamw": adamw}
 SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
 OBJECTIVES = ("final", "every")
+DROPOUT = nn.modules.dropout._DropoutNd
