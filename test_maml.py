@@ -407,6 +407,14 @@ def test_the_logits_are_those_of_gpt2_in_transformers():
     torch.testing.assert_close(ours(x)[0], theirs(x).logits, rtol=0, atol=1e-4)
 
 
+def test_the_ten_lines_of_the_readme_run_as_they_stand():
+    lines = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL).group(1)
+    names = {}
+    exec(lines, names)
+    by_backward = {n: p.grad for n, p in names["learner"].named_parameters()}
+    assert distance(by_backward, names["grads"]) < 1e-4
+
+
 def test_generation_is_decided_by_the_callers_generator():
     model, start = tiny_gpt(), torch.zeros(1, 1, dtype=torch.long)
     draws = [model.generate(start, 20, top_k=10, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
