@@ -103,6 +103,7 @@ def adapt_to_text(args, model: GPT, ckpt: dict, device):
         model.load_state_dict(phi, strict=False)  # lm_head.weight is wte's
     if args.save:
         keep = {key: ckpt[key] for key in ("model_args", "config", "dataset", "step", "seconds") if key in ckpt}
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
         torch.save(keep | {"model": model.state_dict()}, args.save)
         print(f"\nsaved: python adapt.py {args.save} --text ..., or train.py --init_from={args.save}")
 
@@ -110,7 +111,7 @@ def adapt_to_text(args, model: GPT, ckpt: dict, device):
 def chosen_lr(run: str) -> float:
     """The rate that adapting this run to its tune domains chose; 1e-3 where that was never done."""
     path = Path(run) / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
     return next((row["lr"] for row in reversed(rows) if row.get("chosen")), 1e-3)
 
 

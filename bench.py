@@ -149,7 +149,8 @@ def encode(task):
 
 def draw_time(root: Path, domains: int, tokens: int) -> float:
     """Microseconds to draw a row of 1,024 tokens, from sparse files of that many tokens a domain in shards of 1e8."""
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "domains": {}}
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "command": {}, "domains": {}}
+    none = {unit: {"train": 0, "val": 0} for unit in ("documents", "bytes", "tokens")}
     for d in map(str, range(domains)):
         shards = {}
         for n in range(0, tokens, 10**8):
@@ -159,7 +160,7 @@ def draw_time(root: Path, domains: int, tokens: int) -> float:
             with open(path, "r+b") as file:
                 file.truncate(4 * prepare_data.HEADER_INTS + 2 * count)
             shards[f"{d}/{path.name}"] = ""
-        meta["domains"][d] = {"role": "train", "shards": {"train": shards, "val": {}}}
+        meta["domains"][d] = {"role": "train", "shards": {"train": shards, "val": shards}, "skipped": {}, **none}
     (root / "meta.json").write_text(json.dumps(meta))
     cfg = Config(data_dir=str(root.parent), dataset=root.name, block_size=1024, batch_size=16, tasks_per_step=8)
     data, began = Dataset(cfg), time.perf_counter()

@@ -33,7 +33,10 @@ def read_methods(paths):
     bits = len({rows[0]["dataset"]["tokenizer"] for rows in logs.values()}) > 1  # nats per token would not compare
     methods, labels, protocol = {}, {}, {}
     for path, rows in logs.items():
-        config, run = rows[0]["config"], to_run(rows, bits)
+        try:
+            config, run = rows[0]["config"], to_run(rows, bits)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise SystemExit(f"{path} is not as train.py wrote it ({error!r}): mend or leave it out") from None
         same = json.dumps({key: config[key] for key in sorted(config) if key not in ("seed", "out_dir")})
         name = re.sub(r"[_-]s(eed)?[_-]?\d+$", "", path.parent.name if path.name == "log.jsonl" else path.stem)
         label = labels.setdefault(same, str(path) if name in methods else name)

@@ -89,6 +89,26 @@ def open_shard(path) -> np.ndarray:
     return np.memmap(path, np.uint16, "r", 4 * HEADER_INTS)
 
 
+def read_meta(path: Path) -> dict:
+    """A meta.json or progress.json; ValueError if it lacks something that is read from one."""
+    detail = ""
+    try:
+        meta = json.loads(path.read_bytes())
+        right = [type(meta["tokenizer"]) is str, type(meta["vocab_size"]) is int, 0 < meta["vocab_size"] <= 2**16]
+        right += [type(meta["command"]) is dict]
+        for entry in meta["domains"].values():
+            right += [entry["role"] in ("train", "tune", "heldout")]
+            right += [type(n) is int for n in entry["skipped"].values()]
+            right += [type(entry["shards"][split]) is dict for split in ("train", "val")]
+            right += [type(entry[u][s]) is int for u in ("documents", "bytes", "tokens") for s in ("train", "val")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        right = [False]
+        detail = f" ({type(error).__name__}: {error})"
+    if not all(right):
+        raise ValueError(f"{path} is not as prepare_data.py wrote it{detail}: prepare it with --overwrite")
+    return meta
+
+
 @functools.cache
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """'gpt2', 'bytes' (256 bytes and end of text; no download) or another of tiktoken's that fits in uint16."""
@@ -404,7 +424,7 @@ def prepare(root: Path, command: dict, stream, shards: dict[str, list[Path]], wo
     """Makes the dataset that `command` describes, or the rest of it where a run was stopped; returns its meta."""
     for path in (root / "meta.json", root / "progress.json"):
         if path.exists():
-            meta = json.loads(path.read_text())
+            meta = read_meta(path)
             if meta["command"] != command:
                 raise SystemExit(f"{root} was made otherwise or of other text: pass --overwrite or another --name")
             if path.name == "meta.json":
@@ -505,7 +525,7 @@ def check_roles(given: dict[str, list[str]], domains):
 def verify(root: Path) -> dict:
     if not (root / "meta.json").exists():
         raise SystemExit(f"no complete dataset at {root}: run the same command without --verify first")
-    meta = json.loads((root / "meta.json").read_text())
+    meta = read_meta(root / "meta.json")
     for entry in meta["domains"].values():
         for path, digest in (entry["shards"]["train"] | entry["shards"]["val"]).items():
             if read_shard(root / path, get_tokenizer(meta["tokenizer"]))[0] != digest:

@@ -624,6 +624,67 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint_whole
     assert ckpt["step"] == 0 and all(torch.isfinite(w).all() for w in ckpt["model"].values())
 
 
+@pytest.mark.parametrize("end", ['{"kind": "val", "loss": {"a": 1.0}', '{"kind": "tr', '{"kind": "train"}'])
+def test_a_log_cut_in_the_middle_of_a_row_does_not_stop_a_resume(flags, tmp_path, end):
+    train.main(flags(max_steps=2))
+    rows = rows_of(tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write(end)
+    train.main(flags(max_steps=2, init_from="resume"))
+    assert rows_of(tmp_path / "run") == rows
+
+
+def test_what_an_evaluation_lends_and_what_a_row_counts_survive_a_resume(flags, tmp_path, monkeypatch):
+    watched = dict(inner_optimizer="adamw", inner_lr=1e-3, inner_warm_start=True, inner_clip=0.05, log_interval=5)
+    train.main(flags(out_dir=tmp_path / "whole", **watched))
+    outer_step = train.outer_step
+    monkeypatch.setattr(train, "outer_step", lambda run, ddp, stop: outer_step(run, ddp, run.step == 2))
+    train.main(flags(out_dir=tmp_path / "cut", **watched))
+    train.main(flags(out_dir=tmp_path / "cut", init_from="resume", **watched))
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "cut")
+    assert sum(row.get("clipped", 0) for row in rows_of(tmp_path / "cut")) == 4 * 6  # one inner step of each task
+
+
+def test_a_full_disk_under_the_log_is_named(flags, monkeypatch):
+    def full(out_dir, row):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "append_row", full)
+    with pytest.raises(SystemExit, match=r"No space left .*--init_from=resume"):
+        train.main(flags())
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint(flags, tmp_path):
+    with pytest.raises(SystemExit, match="step 1: evaluation"):
+        train.main(flags(learning_rate=1e30, warmup_steps=0, eval_interval=1, inner_steps=0, learn_inner_lr=False))
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inner_steps": -1},
+        {"max_steps": -1},
+        {"seed": -1},
+        {"grad_clip": -1},
+        {"learning_rate": 0},
+        {"min_lr": "1e999"},
+    ],
+    ids=str,
+)
+def test_numbers_that_make_no_sense_are_refused(flags, changes):
+    with pytest.raises(SystemExit, match=f"{next(iter(changes))}=.* must be"):
+        train.main(flags(**changes))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"domains": {"a": {}}}'])
+def test_a_meta_json_that_is_none_is_named(flags, tmp_path, text):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "meta.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"tiny/meta\.json is not .*--overwrite"):
+        train.main(flags(data_dir=tmp_path))
+
+
 def test_an_earlier_run_steps_aside(flags, tmp_path):
     train.main(flags(max_steps=1))
     train.main(flags(max_steps=2))

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from maml import MAML
 from model import GPT, GPTConfig
-from prepare_data import open_shard
+from prepare_data import open_shard, read_meta
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration: defaults here, a Python file of assignments over them, --key=value over both
@@ -104,9 +104,12 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(map(repr, known))}")
         positive = "block_size n_layer n_head n_embd batch_size tasks_per_step eval_interval eval_steps log_interval"
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), int(f.name in positive.split())
+            if f.type in (int, float) and not least <= value < (2**63 if f.type is int else math.inf):
+                raise ValueError(f"{f.name}={value} must be finite and at least {least}")
+        if not self.learning_rate:
+            raise ValueError("learning_rate=0.0 must be positive: to learn nothing, set max_steps=0")
         if self.batch_size % (self.inner_steps + 1):
             n = self.inner_steps + 1
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}: change either")
@@ -136,7 +139,7 @@ def load_config(argv: list[str]) -> Config:
             raise ValueError(f"{arg} has no value: write --{key}=VALUE")
         try:
             value = text if key in FIELDS and FIELDS[key].type is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(text.lower(), text)
         values[key] = check_field(key, value, "the command line")
     return Config(**values)
@@ -172,22 +175,31 @@ class Run:
     step: int = 0  # outer updates made
     seconds: float = 0.0  # spent on them, evaluation apart
     best: float = math.inf  # the lowest mean held-out loss
+    clipped: int = 0  # inner gradients clipped since the last training row, on all ranks
 
 
 def train(run: Run):
     cfg, model, stop_signals, stopping = run.cfg, run.learner.model, [], False
-    for sig in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # what Slurm and a person send: finish the step, save, go; at once if sent twice
-        signal.signal(sig, lambda number, _: stop_signals.append(number) or signal.signal(number, signal.SIG_DFL))
+
+    def on_signal(number, _):  # finish the step, save, go. One within a second is an echo, as torchrun's of Ctrl-C is
+        if stop_signals and time.monotonic() > stop_signals[0] + 1:
+            raise SystemExit("stopped at once: the last checkpoint is whole")
+        stop_signals.append(time.monotonic())
+
+    for sig in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send
+        signal.signal(sig, on_signal)
     ddp = DDP(run.learner, broadcast_buffers=False, gradient_as_bucket_view=True) if run.world_size > 1 else run.learner
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     while True:
         now = progress(cfg, model, run.step, run.seconds)
         due = run.step % cfg.eval_interval == 0 or run.step == cfg.max_steps
+        if cfg.inner_warm_start and run.step:  # here, so that an evaluation after a resume lends the same
+            moments = [run.optimizer.state[p]["exp_avg_sq"] for p in run.learner.theta().values()]
+            run.learner.second_moment = [v / (1 - cfg.beta2**run.step) for v in moments]  # torch's v is not corrected
         if due and not stopping:
             losses = evaluate(run)
+            if not math.isfinite(sum(losses["loss"].values())):  # or the good checkpoints would make way for this one
+                raise SystemExit(not_finite(run, f"evaluation {losses['loss']}"))
             if run.rank == 0:
                 append_row(cfg.out_dir, {"kind": "val", **now, **losses})
                 save_checkpoint(run, losses)
@@ -201,8 +213,8 @@ def train(run: Run):
         flops = progress(cfg, model, run.step, 0)["flops"] - now["flops"]
         if run.rank == 0 and now["step"] % cfg.log_interval == 0:
             row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
-            append_row(cfg.out_dir, {"kind": "train", **now, **row, "clipped": int(run.learner.clipped)})
-            run.learner.clipped = 0
+            append_row(cfg.out_dir, {"kind": "train", **now, **row, "clipped": run.clipped})
+            run.clipped = 0
         bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step(cfg) / took:,.0f} tokens/s{mfu(run, flops / took)}")
         bar.update()
     bar.close()
@@ -216,13 +228,10 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
     cfg, n, learner = run.cfg, run.cfg.tasks_per_step, run.learner
     learner.train()
     learner.first_order = cfg.first_order or run.step < cfg.first_order_steps
-    if cfg.inner_warm_start and run.step:
-        moments = [run.optimizer.state[p]["exp_avg_sq"] for p in learner.theta().values()]
-        learner.second_moment = [v / (1 - cfg.beta2**run.step) for v in moments]  # torch's v lacks the bias correction
+    learner.clipped = 0  # what an evaluation clipped is not the step's
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * lr_factor(cfg, run.step)
-    report = torch.zeros(n + 1, device=run.device)  # a loss per task and the wish to stop: one message for all
-    report[n] = stop
+    report = torch.zeros(n + 2, device=run.device)  # a loss per task, the wish to stop, clips: one message for all
     mine = range(run.rank, n, run.world_size)
     for task in mine:
         if cfg.dropout:
@@ -233,18 +242,24 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
             loss = ddp(x, y)
             (loss * (run.world_size / n)).backward()
         report[task] = loss.detach()
+    report[n], report[n + 1] = stop, learner.clipped
     if run.world_size > 1:
         dist.all_reduce(report)
     grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), cfg.grad_clip or math.inf).item()
     loss = report[:n].mean().item()
     if not math.isfinite(loss + grad_norm):
-        raise SystemExit(
-            f"step {run.step}: loss {loss}, gradient norm {grad_norm}: stopped before the update. Go on from the last "
-            f"checkpoint in {cfg.out_dir}: --init_from=resume and a lower learning_rate or inner_lr, or inner_clip=1.0"
-        )
+        raise SystemExit(not_finite(run, f"loss {loss}, gradient norm {grad_norm}: stopped before the update"))
+    run.clipped += int(report[n + 1])
     run.optimizer.step()
     run.optimizer.zero_grad()
     return loss, grad_norm, bool(report[n] > 0)
+
+
+def not_finite(run: Run, what: str) -> str:
+    return (
+        f"step {run.step}: {what}. Go on from the last checkpoint in {run.cfg.out_dir}: --init_from=resume and a lower "
+        "learning_rate or inner_lr, or inner_clip=1.0"
+    )
 
 
 @torch.no_grad()
@@ -255,7 +270,7 @@ def evaluate(run: Run) -> dict:
     inner_steps chunks of each task and is measured on its last. The ranks share the tasks out.
     """
     learner, K = run.learner.eval(), run.cfg.inner_steps
-    tasks = [(domain, x, y) for domain in run.data.domains for x, y in run.data.val_tasks(domain)]
+    tasks = run.data.val
     table = torch.zeros(len(tasks), 2, device=run.device)
     for i in range(run.rank, len(tasks), run.world_size):
         x, y = (t.to(run.device) for t in tasks[i][1:])
@@ -292,8 +307,8 @@ class Dataset:
         self.root, self.T = Path(cfg.data_dir) / cfg.dataset, cfg.block_size
         if not (self.root / "meta.json").is_file():
             raise FileNotFoundError(f"no data at {self.root}: run python prepare_data.py {cfg.dataset}")
-        text = (self.root / "meta.json").read_bytes()
-        self.meta, self.sha256 = json.loads(text), hashlib.sha256(text).hexdigest()
+        self.meta = read_meta(self.root / "meta.json")
+        self.sha256 = hashlib.sha256((self.root / "meta.json").read_bytes()).hexdigest()
         self.domains = {d: info["role"] for d, info in self.meta["domains"].items()}
         self.shards, self.lengths = {}, {}  # by (domain, split): paths, and their tokens
         for d, info in self.meta["domains"].items():
@@ -314,6 +329,7 @@ class Dataset:
         for d, share in zip(self.train_domains, self.share, strict=True):  # every task must find its rows, none twice
             most = math.ceil(share * cfg.tasks_per_step * cfg.batch_size) + 1 if cfg.shuffle_domains else cfg.batch_size
             self.windows(d, "train", min(most, cfg.batch_size), rng(0))
+        self.val = [(d, x, y) for d in self.domains for x, y in self.val_tasks(d)]
 
     def windows(self, domain: str, split: str, n: int, rng: np.random.Generator, at_most: bool = False) -> np.ndarray:
         """n rows of T + 1 ids from anywhere in a split, no position in two rows; with at_most fewer if it is small."""
@@ -409,7 +425,7 @@ def start(cfg: Config) -> Run:
     if ckpt and cfg.init_from == "resume":
         learner.load_state_dict(ckpt["learner"], strict=False)
         optimizer.load_state_dict(ckpt["optimizer"])
-        run.step, run.seconds, run.best = ckpt["step"], ckpt["seconds"], ckpt["best"]
+        run.step, run.seconds, run.best, run.clipped = (ckpt[k] for k in ("step", "seconds", "best", "clipped"))
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
@@ -421,9 +437,9 @@ def start(cfg: Config) -> Run:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r} is not to be had here ({error}): leave it at 'auto'") from None
@@ -447,6 +463,9 @@ def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
     """A run resumes as what it was; other weights need only have room for the data."""
     old, new = ckpt["model_args"], args
     if cfg.init_from == "resume":
+        if missing := {"learner", "optimizer", "step", "seconds", "best", "clipped", "dataset"} - ckpt.keys():
+            what = f"the checkpoint in {cfg.out_dir} has weights but no {', '.join(sorted(missing))}"
+            raise ValueError(f"{what}: give its path as --init_from and another out_dir")
         rates = len(ckpt["learner"].get("log_inner_lr", []))
         old = old | {"dataset": ckpt["dataset"]["sha256"][:9], "inner rates": rates}
         new = new | {"dataset": data.sha256[:9], "inner rates": cfg.inner_steps * cfg.learn_inner_lr}
@@ -470,6 +489,7 @@ def save_checkpoint(run: Run, losses: dict | None = None):
         "step": run.step,
         "seconds": run.seconds,
         "best": run.best,
+        "clipped": run.clipped,
         "config": dataclasses.asdict(run.cfg),
         "dataset": {"name": run.cfg.dataset, "sha256": run.data.sha256, "tokenizer": run.data.meta["tokenizer"]},
     }
@@ -477,6 +497,8 @@ def save_checkpoint(run: Run, losses: dict | None = None):
     try:
         for name in ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]:
             torch.save(ckpt, temporary)
+            with open(temporary) as file:  # a machine that loses power may keep a rename and lose what was renamed
+                os.fsync(file.fileno())
             if name == "ckpt.pt" and (out / name).exists():
                 os.replace(out / name, out / "ckpt_prev.pt")
             os.replace(temporary, out / name)
@@ -493,7 +515,7 @@ def open_log(run: Run, resumed: bool):
     out, rows = Path(run.cfg.out_dir), []
     path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
     if path.exists() and resumed:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a line cut short has no end
         rows = [r for r in rows if r.get("step", -1) < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
     elif path.exists():  # nothing is lost: an earlier run steps aside
         n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
@@ -611,7 +633,10 @@ def main(argv: list[str] | None = None):
         run = start(load_config(argv))
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    train(run)
+    try:
+        train(run)
+    except OSError as error:  # the system's: a full disk, no permission
+        raise SystemExit(f"train.py: {error}: mend that, then the same command with --init_from=resume") from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
