@@ -15,6 +15,8 @@ import json
 import multiprocessing
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -108,37 +110,28 @@ def bench_data(args) -> list[dict]:
     """Preparing a text against tiktoken on the same text in memory, two processes each; and drawing tasks at scale."""
     tokenizer = prepare_data.get_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        prepare_data.main(["local", "--name", "text", "--data_dir", folder])
-        decode = prepare_data.get_tokenizer("bytes").decode
+        prepare_data.main(["local", "--name", "text", "--data_dir", folder, "--max_mb", "12"])
         shards = [prepare_data.open_shard(path) for path in sorted(Path(folder, "text").glob("*/train_*.bin"))]
-        texts = [text for ids in shards for text in decode(ids.tolist()).split(prepare_data.EOT)]
+        documents = [part[1:] for ids in shards for part in np.split(ids, np.flatnonzero(ids == 256))[1:]]
+        texts = [ids.astype(np.uint8).tobytes().decode(errors="replace") for ids in documents]
         Path(folder, "in").mkdir()
         Path(folder, "in", "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        ratios = []
+        megabytes, ratios, speeds = sum(len(text.encode()) for text in texts) / 1e6, [], []
         for i in range(3):
             began = time.perf_counter()
             with multiprocessing.Pool(2) as pool:
                 pool.map(encode, [(tokenizer.name, texts[0::2]), (tokenizer.name, texts[1::2])])
             alone, began = time.perf_counter() - began, time.perf_counter()
             options = ["--name", str(i), "--data_dir", folder, "--tokenizer", tokenizer.name, "--workers", "2"]
-            prepare_data.main([f"{folder}/in", *options])
-            ratios.append(alone / (time.perf_counter() - began))
-        megabytes = Path(folder, "in", "all.jsonl").stat().st_size / 1e6
-        rows = [
-            {
-                "case": f"tokenise {megabytes:.0f} MB ({tokenizer.name}) against memory",
-                "ratio": statistics.median(ratios),
-            }
-        ]
-        rows.append(
-            {"case": "draw one sequence, 10 domains, 1e7 tokens", "us": draw_time(Path(folder, "small"), 10, 10**6)}
-        )
-        rows.append(
-            {
-                "case": "draw one sequence, 40 domains, 1e10 tokens",
-                "us": draw_time(Path(folder, "big"), 40, 250 * 10**6),
-            }
-        )
+            subprocess.run([sys.executable, prepare_data.__file__, f"{folder}/in", *options], check=True)
+            took = time.perf_counter() - began
+            ratios.append(alone / took)
+            speeds.append(megabytes / took)
+        ratio, speed = statistics.median(ratios), statistics.median(speeds)
+        rows = [{"case": f"{megabytes:.0f} MB to {tokenizer.name} tokens", "ratio": ratio, "MB/s": speed}]
+        for name, domains, tokens in (("small", 10, 10**6), ("large", 40, 250 * 10**6)):
+            case = f"draw a row of {domains * tokens:.0e} tokens, {domains} domains"
+            rows.append({"case": case, "us": draw_time(Path(folder, name), domains, tokens)})
     return rows
 
 
@@ -194,7 +187,7 @@ def main():
         else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     about = {"device": device, "torch": torch.__version__} | {name: getattr(args, name) for name in ("dtype", *shape)}
-    columns = [key for key in rows[0] if key not in ("K", "stored")]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("K", "stored")]
     print(*(f"{key}={value}" for key, value in about.items()))
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         cells = [f"{row[c]:.2f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
