@@ -126,9 +126,7 @@ def load_config(argv: list[str]) -> Config:
             if not Path(arg).is_file():
                 raise ValueError(f"no config file {arg}: give a path such as config/maml_demo.py")
             try:
-                found = runpy.run_path(
-                    arg
-                )  # a namespace of its own; _private names and imports are the file's business
+                found = runpy.run_path(arg)  # in a namespace of its own; _names and imports are the file's business
             except Exception as error:
                 raise ValueError(f"{arg} is not a config file that runs: {type(error).__name__}: {error}") from error
             found = {k: v for k, v in found.items() if k[0] != "_" and not isinstance(v, ModuleType)}
