@@ -106,8 +106,8 @@ class Config:
         positive = "block_size n_layer n_head n_embd batch_size tasks_per_step eval_interval eval_steps log_interval"
         for f in dataclasses.fields(self):
             value, least = getattr(self, f.name), int(f.name in positive.split())
-            if f.type in (int, float) and not least <= value < (2**63 if f.type is int else math.inf):
-                raise ValueError(f"{f.name}={value} must be finite and at least {least}")
+            if f.type in (int, float) and not least <= value < (2**63 if f.type is int else 3e38):
+                raise ValueError(f"{f.name}={value} must be at least {least}, and finite in float32")
         if not self.learning_rate:
             raise ValueError("learning_rate=0.0 must be positive: to learn nothing, set max_steps=0")
         if self.batch_size % (self.inner_steps + 1):
