@@ -153,7 +153,11 @@ class MAML(nn.Module):
             with torch.enable_grad():
                 phi = {n: t.requires_grad_() for n, t in phi.items()}
                 g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
-                hv = torch.autograd.grad(g, phi.values(), v.values(), materialize_grads=True)
+                curved = {
+                    n: t for n, t in zip(phi, g, strict=True) if t.requires_grad
+                }  # others are the same at any phi
+                v = [v[n] for n in curved]
+                hv = torch.autograd.grad(list(curved.values()), phi.values(), v, materialize_grads=True)
             return dict(zip(phi, g, strict=True)), dict(zip(phi, hv, strict=True))
 
     def unrolled_gradient(self, x, y, *phi):
@@ -188,9 +192,10 @@ class CausalInBlocks(TorchFunctionMode):
     the keys up to it alone, in plain operations. It saves MATH's square of masked scores three blocks in eight."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        causal = kwargs == {"is_causal": True, "dropout_p": 0.0} and args[0].size(-2) == args[1].size(-2)
-        if func is not F.scaled_dot_product_attention or not causal:
-            return func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        causal = kwargs.get("is_causal") and not kwargs.get("dropout_p") and kwargs.keys() <= {"is_causal", "dropout_p"}
+        if func is not F.scaled_dot_product_attention or not causal or len(args) > 3:
+            return func(*args, **kwargs)
         q, k, v = args  # (..., T, head size)
         out, size = [], -(-q.size(-2) // 4)
         for i in range(0, q.size(-2), size):

@@ -180,6 +180,20 @@ def test_the_meta_gradient_is_what_finite_differences_say(optimizer, objective):
     assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(slope, rel=1e-5)
 
 
+def test_parameters_without_curvature_or_without_use_are_no_trouble():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cubed, self.linear, self.unused = (nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(3))
+
+        def forward(self, x, y):
+            return None, (self.cubed**3 * x).sum() + (self.linear * y).sum()
+
+    learner, x = MAML(Flat(), 2, 0.1), torch.randn(3, 3, dtype=torch.float64)
+    grads, _ = meta_gradient(learner, x, x)
+    assert distance(grads, meta_grad(learner, x, x)[0]) < 1e-14 and not grads["model.unused"].any()
+
+
 def test_a_dropped_hessian_cannot_hide():
     learner = MAML(tiny_gpt(), 1, 0.5, objective="final")
     second, _ = meta_gradient(learner, *task())
