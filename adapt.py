@@ -19,7 +19,7 @@ from tqdm import tqdm
 from maml import MAML, chunks
 from model import GPT, GPTConfig
 from prepare_data import get_tokenizer
-from train import Config, Dataset, append_row, batch, load_checkpoint, pick_device, progress, rng
+from train import Config, Dataset, append_row, batch, check_field, load_checkpoint, pick_device, progress, rng
 
 MEASURED = (0, 1, 2, 4, 8, 16)  # the loss is measured after so many steps
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -47,7 +47,8 @@ def adapt_to_domains(args, model: GPT, ckpt: dict, device):
     if not Path(args.run).is_dir() or "dataset" not in ckpt:
         raise ValueError(f"{args.run} is not the folder of a run: give one, or a --text to learn")
     args.lr = args.lr or LEARNING_RATES
-    cfg = Config(**ckpt["config"] | {"data_dir": args.data_dir or ckpt["config"]["data_dir"]})
+    fields = {key: check_field(key, value, args.run) for key, value in ckpt["config"].items()}
+    cfg = Config(**fields | {"data_dir": args.data_dir or ckpt["config"]["data_dir"]})
     data = Dataset(cfg)
     if data.sha256 != ckpt["dataset"]["sha256"]:
         raise ValueError(f"{data.root} is not the data that {args.run} was trained on: prepare it as it was")

@@ -78,12 +78,12 @@ def to_run(rows, bits):
     for row in [row for row in rows if row["kind"] == "val"]:
         for role, names in domains.items():
             loss = np.mean([unit[d] * row["loss"].get(d, math.nan) for d in names])
-            run[role][row["step"]] = [*(row[axis] for axis in AXES), loss]
+            run[role][int(row["step"])] = [*(float(row[axis]) for axis in AXES), loss]
     adapt = [row for row in rows if row["kind"] == "adapt" and row["role"] == "heldout"]
     for step in sorted({row["step"] for row in adapt if row["chosen"]}):
         last = [row for row in adapt if row["step"] == step]
         run["support"], run["ladder"] = last[-1]["support_tokens"], ladder(last, domains["heldout"], unit)
-        run["adapted"][step] = [*(last[-1][axis] for axis in AXES), run["ladder"][0, ..., -1].mean()]
+        run["adapted"][step] = [*(float(last[-1][axis]) for axis in AXES), run["ladder"][0, ..., -1].mean()]
     return run
 
 
@@ -199,7 +199,10 @@ def picture(methods, unit):
             if i and here >= 0:
                 axes["heldout" + axis].annotate("", (here, end), (start, end), arrowprops=arrow, zorder=5)
         for head in (run["head"] for run in runs):
-            data, commit = head["dataset"], head["commit"][:7] + head["commit"][40:]  # 40 digits, perhaps '-dirty'
+            data, commit = (
+                head["dataset"],
+                str(head["commit"])[:7] + str(head["commit"])[40:],
+            )  # 40 digits, perhaps '-dirty'
             size = f"{short(mean[-1, 0])} tokens, {short(head['params'])} parameters"
             facts[f"{data['name']} ({data['tokenizer']} tokens), {size}, commit {commit}"] = None
     for axis in AXES:

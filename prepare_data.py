@@ -411,6 +411,8 @@ def balance(root: Path, meta: dict, domain: str):
         if len(places):
             end = places[np.abs(places - end).argmin()]
             break
+    while end > 1 and ids[end] != eot and encoding.decode_single_token_bytes(int(ids[end]))[0] >> 6 == 0b10:
+        end -= 1  # not inside a character: such a byte continues one
     for path, part in zip(paths, (ids[:end], ids[end:] if ids[end] == eot else np.append(eot, ids[end:])), strict=True):
         path.unlink(missing_ok=True)
         append(path, [part])

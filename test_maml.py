@@ -772,6 +772,13 @@ def test_a_shard_cut_short_is_refused(tmp_path):
             read(path)
 
 
+def test_a_text_of_one_line_is_not_cut_inside_a_character(tmp_path):
+    (tmp_path / "line.txt").write_text("數學" * 50, "utf-8")
+    meta = prepared(tmp_path, tmp_path / "line.txt")
+    parts = [documents_of(tmp_path / "data/set", meta, "line", split)[0] for split in ("train", "val")]
+    assert "".join(parts) == "數學" * 50 and all(parts)
+
+
 def test_one_document_still_gives_both_splits(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"línea {i}\n" for i in range(100)), "utf-8")
     meta = prepared(tmp_path, tmp_path / "book.txt")
