@@ -1,0 +1,21 @@
+# python train.py config/baseline_corpus.py
+# The baseline of README's comparison: 0.84M parameters, byte tokens of 11 domains, 5 million of them.
+
+out_dir = "out/baseline_corpus"
+dataset = "corpus"
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+batch_size = 4
+tasks_per_step = 11
+max_steps = 890
+shuffle_domains = True
+
+learning_rate = 4e-3
+min_lr = 4e-4
+warmup_steps = 50
+eval_interval = 89
+eval_steps = 16
+log_interval = 89
