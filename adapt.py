@@ -1,6 +1,7 @@
 """How fast does a checkpoint learn what it has never seen? AdamW on a few tokens of a held-out domain, or of your text.
 
-    python adapt.py out/maml_demo                 # every tune and held-out domain; rows into out/maml_demo/log.jsonl
+    python adapt.py out/maml_demo                 # every tune and held-out domain; rows into out/maml_demo/log.jsonl,
+                                                  # also for the checkpoints that --keep_interval kept on the way
     python adapt.py out/maml_demo --text notes.txt --prompt "Dear" --save adapted.pt
 
 All checkpoints are adapted alike, whatever trained them: a fresh AdamW at a constant rate, no weight decay, gradients
@@ -56,7 +57,8 @@ def adapt_to_domains(args, model: GPT, ckpt: dict, device):
     if not domains:
         raise ValueError(f"{data.root} holds no domain out: prepare it with --heldout and --tune, or adapt to a --text")
     rows, n = [], MEASURED[-1] * args.rows
-    with tqdm(total=len(domains) * args.draws * len(args.lr), unit="curve", desc=f"adapting {args.run}") as bar:
+    total, what = len(domains) * args.draws * len(args.lr), f"{args.run}, step {ckpt['step']}"
+    with tqdm(total=total, unit="curve", desc=what) as bar:
         for domain in domains:
             query = batch(data.windows(domain, "val", args.query_rows, rng("query", domain), at_most=True), device)
             for draw in range(args.draws):
@@ -145,10 +147,12 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     try:
         device, path = pick_device(args.device), Path(args.run)
-        ckpt = load_checkpoint(path / "ckpt.pt" if path.is_dir() or not path.suffix else path)
-        model = GPT(GPTConfig(**ckpt["model_args"] | {"dropout": 0.0})).to(device).eval()
-        model.load_state_dict(ckpt["model"])
-        (adapt_to_text if args.text else adapt_to_domains)(args, model, ckpt, device)
+        last = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
+        for checkpoint in [last] if args.text else [*sorted(path.glob("step_*.pt")), last]:
+            ckpt = load_checkpoint(checkpoint)
+            model = GPT(GPTConfig(**ckpt["model_args"] | {"dropout": 0.0})).to(device).eval()
+            model.load_state_dict(ckpt["model"])
+            (adapt_to_text if args.text else adapt_to_domains)(args, model, ckpt, device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"adapt.py: {error}") from None
 

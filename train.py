@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,8 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0  # of the meta-gradient's norm; 0 for none
+    nesterov: bool = False  # AdamW with Nesterov's look-ahead (NAdam): a control for what inner steps gain
+    lr_scale_from: str = ""  # a learner's checkpoint whose learned inner rates scale the outer ones: another control
     # the inner loop; inner_steps=0 is plain training
     inner_steps: int = 0  # K
     inner_lr: float = 0.02  # around 0.02 for 'sgd', 1e-3 for 'adamw'
@@ -98,6 +101,7 @@ class Config:
     eval_interval: int = 100  # steps between evaluations, each with a checkpoint
     eval_steps: int = 4  # tasks per domain in an evaluation
     log_interval: int = 10  # steps between training rows in the log
+    keep_interval: int = 0  # evaluations at its multiples keep their checkpoint, step_*.pt, for adapt.py; 0 for none
 
     def __post_init__(self):
         for name, known in {"dtype": ("float32", "bfloat16"), "domain_sampling": ("uniform", "size")}.items():
@@ -414,9 +418,15 @@ def start(cfg: Config) -> Run:
     options = {name: getattr(cfg, name) for name in inspect.signature(MAML).parameters if name in FIELDS}
     learner = MAML(model, autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None, **options).to(device)
     groups = [group | {"peak_lr": cfg.learning_rate} for group in model.parameter_groups(cfg.weight_decay)]
+    if cfg.lr_scale_from:
+        groups = scaled_groups(groups, load_checkpoint(Path(cfg.lr_scale_from)), model)
     if learner.log_inner_lr is not None:
         groups.append({"params": [learner.log_inner_lr], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
-    optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
+    if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
+        nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
+        optimizer = torch.optim.NAdam(groups, betas=(cfg.beta1, cfg.beta2), **nadam)
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
     run = Run(cfg, rank, world_size, device, data, learner, optimizer)
     if ckpt:
         model.load_state_dict(ckpt["model"])
@@ -430,6 +440,16 @@ def start(cfg: Config) -> Run:
         open_log(run, resumed=bool(ckpt) and cfg.init_from == "resume")
         print(summary(run), flush=True)
     return run
+
+
+def scaled_groups(groups: list[dict], ckpt: dict, model: GPT) -> list[dict]:
+    """A group per tensor, its rate times what a learner learned for it, over the geometric mean of all."""
+    rates = ckpt.get("learner", {}).get("log_inner_lr")
+    if rates is None or rates.size(1) != len([*model.parameters()]):
+        raise ValueError("lr_scale_from needs the checkpoint of a learner of the same shape, with learn_inner_lr=True")
+    scale = (rates.mean(0) - rates.mean()).exp().tolist()
+    scale = dict(zip(map(id, model.parameters()), scale, strict=True))
+    return [g | {"params": [p], "peak_lr": g["peak_lr"] * scale[id(p)]} for g in groups for p in g["params"]]
 
 
 def pick_device(name: str) -> torch.device:
@@ -475,10 +495,14 @@ def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
 
 
 def save_checkpoint(run: Run, losses: dict | None = None):
-    """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, and the best by held-out loss as best.pt."""
+    """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, the best by held-out loss as best.pt."""
     out, heldout = Path(run.cfg.out_dir), [d for d, role in run.data.domains.items() if role == "heldout"]
     mean = np.mean([losses["loss"][d] for d in heldout]).item() if losses and heldout else math.inf
     is_best, run.best = mean < run.best, min(mean, run.best)
+    keep = (
+        run.cfg.keep_interval and losses and 0 < run.step < run.cfg.max_steps and run.step % run.cfg.keep_interval == 0
+    )
+    names = ["best.pt"] * is_best + [f"step_{run.step:06d}.pt"] * bool(keep) + ["ckpt.pt"]
     ckpt = {
         "model": run.learner.model.state_dict(),
         "model_args": dataclasses.asdict(run.learner.model.config),
@@ -493,7 +517,7 @@ def save_checkpoint(run: Run, losses: dict | None = None):
     }
     temporary = out / "ckpt.pt.tmp"
     try:
-        for name in ["best.pt", "ckpt.pt"] if is_best else ["ckpt.pt"]:
+        for name in names:
             torch.save(ckpt, temporary)
             with open(temporary) as file:  # a machine that loses power may keep a rename and lose what was renamed
                 os.fsync(file.fileno())
@@ -533,6 +557,7 @@ def header(run: Run) -> dict:
     sizes = {d: (sum(v.get("bytes", {}).values()), sum(v["tokens"].values())) for d, v in meta["domains"].items()}
     return {
         "kind": "run",
+        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "config": dataclasses.asdict(run.cfg),
         "commit": (git and git.stdout.strip()) or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
