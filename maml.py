@@ -19,7 +19,8 @@ Three things make it possible:
   see meta_grad below, the definition. It is exact, and it keeps every graph of the episode in memory.
 - `Gradient` therefore gives the gradient a backward of its own. Where loss and g leave with cotangents dloss and dg,
   phi receives dloss * g (known already) + H dg, the derivative of the gradient in the direction dg: a Hessian-vector
-  product, computed afresh from phi when it is asked for. Memory then holds one step's activations, whatever K is.
+  product, computed afresh from phi when it is asked for. Memory then holds one step's activations, whatever K is
+  (forward over reverse, as in MixFlow-MG: Kemaev et al. 2025, arXiv 2505.00793).
 
 What it costs, in forwards F of one chunk (a gradient is 3 F, a Hessian-vector product with its own gradient 9 F):
 
@@ -79,7 +80,8 @@ class MAML(nn.Module):
             raise ValueError("inner_lr must be positive; inner_steps, _warmup, _clip and _weight_decay not negative")
         if inner_steps and not first_order and any(isinstance(m, DROPOUT) and m.p > 0 for m in model.modules()):
             raise ValueError("dropout would draw anew for the Hessian: set dropout=0.0, or first_order=True")
-        self.model, self.inner_steps, self.first_order, self.objective = model, inner_steps, first_order, objective
+        self.model, self.inner_steps, self.first_order = model, inner_steps, first_order
+        self.objective = OBJECTIVES[objective]
         self.update, self.inner_lr, self.inner_weight_decay = UPDATES[inner_optimizer], inner_lr, inner_weight_decay
         self.schedule, self.inner_warmup, self.inner_clip = SCHEDULES[inner_schedule], inner_warmup, inner_clip
         self.autocast, self.second_moment, self.clipped = autocast, None, 0
@@ -97,7 +99,7 @@ class MAML(nn.Module):
         for loss, phi in self.trajectory(xs[:-1], ys[:-1], unrolled):  # noqa: B007
             losses.append(loss)
         losses.append(self.loss(phi, xs[-1], ys[-1]))
-        return torch.stack(losses).mean() if self.objective == "every" else losses[-1]
+        return self.objective(torch.stack(losses))
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> Tensors:
         """phi_K, for functional_call(model, phi, ...), after learning x, y (B, ...) in inner_steps equal chunks."""
@@ -241,5 +243,5 @@ def chunks(x, n):
 
 UPDATES = {"sgd": sgd, "adamw": adamw}
 SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
-OBJECTIVES = ("final", "every")
+OBJECTIVES = {"final": lambda losses: losses[-1], "every": torch.mean}
 DROPOUT = nn.modules.dropout._DropoutNd

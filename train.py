@@ -45,6 +45,8 @@ from maml import MAML
 from model import GPT, GPTConfig
 from prepare_data import open_shard, read_meta
 
+PROGRESS = ("step", "seconds", "best", "clipped")  # the fields of Run that a checkpoint carries
+
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration: defaults here, a Python file of assignments over them, --key=value over both
 
@@ -114,8 +116,7 @@ class Config:
                 raise ValueError(f"{f.name}={value} must be at least {least}, and finite in float32")
         if not self.learning_rate:
             raise ValueError("learning_rate=0.0 must be positive: to learn nothing, set max_steps=0")
-        if self.batch_size % (self.inner_steps + 1):
-            n = self.inner_steps + 1
+        if self.batch_size % (n := self.inner_steps + 1):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}: change either")
 
 
@@ -126,24 +127,24 @@ def load_config(argv: list[str]) -> Config:
     """A Config from ['config/x.py', '--key=value', ...]; ValueError names a wrong key's nearest or a wrong type."""
     values = {}
     for arg in argv:
-        if not arg.startswith("--"):
-            if not Path(arg).is_file():
-                raise ValueError(f"no config file {arg}: give a path such as config/maml_demo.py")
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            if not equals:
+                raise ValueError(f"{arg} has no value: write --{key}=VALUE")
+            try:
+                value = text if key in FIELDS and FIELDS[key].type is str else ast.literal_eval(text)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                value = {"true": True, "false": False}.get(text.lower(), text)
+            values[key] = check_field(key, value, "the command line")
+        elif not Path(arg).is_file():
+            raise ValueError(f"no config file {arg}: give a path such as config/maml_demo.py")
+        else:
             try:
                 found = runpy.run_path(arg)  # in a namespace of its own; _names and imports are the file's business
             except Exception as error:
                 raise ValueError(f"{arg} is not a config file that runs: {type(error).__name__}: {error}") from error
             found = {k: v for k, v in found.items() if k[0] != "_" and not isinstance(v, ModuleType)}
             values |= {key: check_field(key, value, arg) for key, value in found.items()}
-            continue
-        key, equals, text = arg[2:].partition("=")
-        if not equals:
-            raise ValueError(f"{arg} has no value: write --{key}=VALUE")
-        try:
-            value = text if key in FIELDS and FIELDS[key].type is str else ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            value = {"true": True, "false": False}.get(text.lower(), text)
-        values[key] = check_field(key, value, "the command line")
     return Config(**values)
 
 
@@ -152,8 +153,7 @@ def check_field(key: str, value, where: str):
         near = difflib.get_close_matches(key, FIELDS, 1)
         raise ValueError(f"unknown key {key!r} in {where}" + (f": did you mean {near[0]!r}?" if near else ""))
     kind = FIELDS[key].type
-    if kind is float and type(value) is int:
-        value = float(value)
+    value = float(value) if kind is float and type(value) is int else value
     if type(value) is not kind:
         raise ValueError(f"{key} in {where} must be {kind.__name__}, not {type(value).__name__} {value!r}")
     return value
@@ -258,10 +258,8 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
 
 
 def not_finite(run: Run, what: str) -> str:
-    return (
-        f"step {run.step}: {what}. Go on from the last checkpoint in {run.cfg.out_dir}: --init_from=resume and a lower "
-        "learning_rate or inner_lr, or inner_clip=1.0"
-    )
+    remedy = "--init_from=resume and a lower learning_rate or inner_lr, or inner_clip=1.0"
+    return f"step {run.step}: {what}. Go on from the last checkpoint in {run.cfg.out_dir}: {remedy}"
 
 
 @torch.no_grad()
@@ -402,13 +400,10 @@ def start(cfg: Config) -> Run:
     torch.manual_seed(cfg.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    resume, ckpt = Path(cfg.out_dir) / "ckpt.pt", None
-    if cfg.init_from == "resume":
-        previous = resume.with_name("ckpt_prev.pt")  # alone if a kill fell between two renames
-        resume = resume if resume.exists() or not previous.exists() else previous
-        ckpt = load_checkpoint(resume) if resume.exists() else None
-    elif cfg.init_from != "scratch":
-        ckpt = load_checkpoint(Path(cfg.init_from))
+    path = Path(cfg.init_from)
+    if resume := cfg.init_from == "resume":  # ckpt_prev.pt is alone where a kill fell between two renames
+        path = next((p for n in ("ckpt.pt", "ckpt_prev.pt") if (p := Path(cfg.out_dir, n)).exists()), None)
+    ckpt = load_checkpoint(path) if path and cfg.init_from != "scratch" else None
     args = dict(vocab_size=-(-data.meta["vocab_size"] // 64) * 64)  # matrix units like multiples of 64
     args |= {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig) if f.name in FIELDS}
     if ckpt:
@@ -430,14 +425,14 @@ def start(cfg: Config) -> Run:
     run = Run(cfg, rank, world_size, device, data, learner, optimizer)
     if ckpt:
         model.load_state_dict(ckpt["model"])
-    if ckpt and cfg.init_from == "resume":
+    if resume and ckpt:
         learner.load_state_dict(ckpt["learner"], strict=False)
         optimizer.load_state_dict(ckpt["optimizer"])
-        run.step, run.seconds, run.best, run.clipped = (ckpt[k] for k in ("step", "seconds", "best", "clipped"))
+        run.step, run.seconds, run.best, run.clipped = (ckpt[key] for key in PROGRESS)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        open_log(run, resumed=bool(ckpt) and cfg.init_from == "resume")
+        open_log(run, resumed=bool(resume and ckpt))
         print(summary(run), flush=True)
     return run
 
@@ -479,42 +474,35 @@ def load_checkpoint(path: Path) -> dict:
 
 def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
     """A run resumes as what it was; other weights need only have room for the data."""
-    old, new = ckpt["model_args"], args
-    if cfg.init_from == "resume":
-        if missing := {"learner", "optimizer", "step", "seconds", "best", "clipped", "dataset"} - ckpt.keys():
-            what = f"the checkpoint in {cfg.out_dir} has weights but no {', '.join(sorted(missing))}"
-            raise ValueError(f"{what}: give its path as --init_from and another out_dir")
-        rates = len(ckpt["learner"].get("log_inner_lr", []))
-        old = old | {"dataset": ckpt["dataset"]["sha256"][:9], "inner rates": rates}
-        new = new | {"dataset": data.sha256[:9], "inner rates": cfg.inner_steps * cfg.learn_inner_lr}
-        changed = ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k])
-        if changed:
-            raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike, or use another out_dir")
-    elif old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
-        raise ValueError(f"{cfg.init_from} has {old['vocab_size']} ids and {old['block_size']} positions: too few here")
+    old = ckpt["model_args"]
+    if cfg.init_from != "resume":
+        if old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
+            size = f"{old['vocab_size']} ids and {old['block_size']} positions"
+            raise ValueError(f"{cfg.init_from} has {size}: too few here")
+        return
+    if missing := {"learner", "optimizer", "dataset", *PROGRESS} - ckpt.keys():
+        what = f"the checkpoint in {cfg.out_dir} has weights but no {', '.join(sorted(missing))}"
+        raise ValueError(f"{what}: give its path as --init_from and another out_dir")
+    rates = len(ckpt["learner"].get("log_inner_lr", []))
+    old = old | {"dataset": ckpt["dataset"]["sha256"][:9], "inner rates": rates}
+    new = args | {"dataset": data.sha256[:9], "inner rates": cfg.inner_steps * cfg.learn_inner_lr}
+    if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
+        raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike, or use another out_dir")
 
 
 def save_checkpoint(run: Run, losses: dict | None = None):
     """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, the best by held-out loss as best.pt."""
-    out, heldout = Path(run.cfg.out_dir), [d for d, role in run.data.domains.items() if role == "heldout"]
-    mean = np.mean([losses["loss"][d] for d in heldout]).item() if losses and heldout else math.inf
-    is_best, run.best = mean < run.best, min(mean, run.best)
-    keep = (
-        run.cfg.keep_interval and losses and 0 < run.step < run.cfg.max_steps and run.step % run.cfg.keep_interval == 0
-    )
-    names = ["best.pt"] * is_best + [f"step_{run.step:06d}.pt"] * bool(keep) + ["ckpt.pt"]
-    ckpt = {
-        "model": run.learner.model.state_dict(),
-        "model_args": dataclasses.asdict(run.learner.model.config),
-        "learner": {k: v for k, v in run.learner.state_dict().items() if not k.startswith("model.")},
-        "optimizer": run.optimizer.state_dict(),
-        "step": run.step,
-        "seconds": run.seconds,
-        "best": run.best,
-        "clipped": run.clipped,
-        "config": dataclasses.asdict(run.cfg),
-        "dataset": {"name": run.cfg.dataset, "sha256": run.data.sha256, "tokenizer": run.data.meta["tokenizer"]},
-    }
+    cfg, out, model = run.cfg, Path(run.cfg.out_dir), run.learner.model
+    heldout = [losses["loss"][d] for d, role in run.data.domains.items() if losses and role == "heldout"]
+    mean = np.mean(heldout).item() if heldout else math.inf
+    keep = cfg.keep_interval and losses and 0 < run.step < cfg.max_steps and run.step % cfg.keep_interval == 0
+    names = ["best.pt"] * (mean < run.best) + [f"step_{run.step:06d}.pt"] * bool(keep) + ["ckpt.pt"]
+    run.best = min(mean, run.best)
+    learned = {k: v for k, v in run.learner.state_dict().items() if not k.startswith("model.")}
+    ckpt = {"model": model.state_dict(), "learner": learned, "optimizer": run.optimizer.state_dict()}
+    ckpt |= {"model_args": dataclasses.asdict(model.config), "config": dataclasses.asdict(cfg)}
+    ckpt |= {"dataset": {"name": cfg.dataset, "sha256": run.data.sha256, "tokenizer": run.data.meta["tokenizer"]}}
+    ckpt |= {key: getattr(run, key) for key in PROGRESS}
     temporary = out / "ckpt.pt.tmp"
     try:
         for name in names:
@@ -526,10 +514,8 @@ def save_checkpoint(run: Run, losses: dict | None = None):
             os.replace(temporary, out / name)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
-        raise SystemExit(
-            f"step {run.step}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]}). The one before is whole: make room, "
-            "then --init_from=resume"
-        ) from None
+        what = f"step {run.step}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]}). The one before is whole"
+        raise SystemExit(f"{what}: make room, then --init_from=resume") from None
 
 
 def open_log(run: Run, resumed: bool):
@@ -555,24 +541,14 @@ def header(run: Run) -> dict:
     card = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{platform.machine()} {run.device.type}"
     meta, model = run.data.meta, run.learner.model
     sizes = {d: (sum(v.get("bytes", {}).values()), sum(v["tokens"].values())) for d, v in meta["domains"].items()}
-    return {
-        "kind": "run",
-        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
-        "config": dataclasses.asdict(run.cfg),
-        "commit": (git and git.stdout.strip()) or "unknown",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "device": f"{run.world_size} x {card}",
-        "params": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": model.flops_per_token(run.cfg.block_size),
-        "dataset": {
-            "name": run.cfg.dataset,
-            "sha256": run.data.sha256,
-            "tokenizer": meta["tokenizer"],
-            "vocab_size": meta["vocab_size"],
-            "roles": run.data.domains,
-            "bytes_per_token": {d: size / tokens for d, (size, tokens) in sizes.items() if size},
-        },
-    }
+    dataset = {"name": run.cfg.dataset, "sha256": run.data.sha256, "roles": run.data.domains}
+    dataset |= {"tokenizer": meta["tokenizer"], "vocab_size": meta["vocab_size"]}
+    dataset |= {"bytes_per_token": {d: size / tokens for d, (size, tokens) in sizes.items() if size}}
+    row = {"kind": "run", "command": shlex.join(["python", "train.py", *sys.argv[1:]])}
+    row |= {"config": dataclasses.asdict(run.cfg), "commit": (git and git.stdout.strip()) or "unknown"}
+    row |= {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    row |= {"device": f"{run.world_size} x {card}", "params": sum(p.numel() for p in model.parameters())}
+    return row | {"flops_per_token": model.flops_per_token(run.cfg.block_size), "dataset": dataset}
 
 
 def append_row(out_dir: str, row: dict):
@@ -605,37 +581,32 @@ def lr_factor(cfg: Config, step: int) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
-
-
 def mfu(run: Run, flops_per_second: float) -> str:
-    """Model FLOPs utilisation, on cards whose peak we know."""
+    """Model FLOPs utilisation, on cards whose dense bfloat16 peak we know."""
+    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
-    peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    peak = next((flops for card, flops in peaks.items() if card in name), None)
     return f", {flops_per_second / peak / run.world_size:.1%} MFU" if peak else ""
 
 
 def one_line(run: Run, losses: dict) -> str:
     """step 200 | train 2.310 -> 2.290 | ...: the mean by role, before -> after the learner's own inner steps."""
-    text = f"step {run.step}"
-    for role in ("train", "tune", "heldout"):
-        domains = [d for d, r in run.data.domains.items() if r == role]
-        means = [f"{np.mean([loss[d] for d in domains]):.3f}" for loss in losses.values() if domains and loss]
-        text += f" | {role} {' -> '.join(means)}" if means else ""
+    text, roles = f"step {run.step}", run.data.domains
+    for role in dict.fromkeys(("train", *roles.values())):
+        means = [np.mean([loss[d] for d in roles if roles[d] == role]) for loss in losses.values() if loss]
+        text += f" | {role} {' -> '.join(f'{mean:.3f}' for mean in means)}"
     return text
 
 
 def summary(run: Run) -> str:
-    """What is about to happen, in five lines."""
-    cfg, model, roles = run.cfg, run.learner.model, list(run.data.domains.values())
-    order = "first" if cfg.first_order else f"after {cfg.first_order_steps} steps second"
+    """What is about to happen, in five lines; the progress bar adds the time it will take."""
+    cfg, model, roles = run.cfg, run.learner.model, [*run.data.domains.values()]
+    domains = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
     rates = ", learned rates from" if cfg.learn_inner_lr else " at"
-    inner = (
-        f"{cfg.inner_steps} x {cfg.inner_optimizer}{rates} {cfg.inner_lr:g}, {order} order, objective {cfg.objective!r}"
-    )
+    order = "first" if cfg.first_order else f"after {cfg.first_order_steps} steps second"
+    inner = f"{cfg.inner_steps} x {cfg.inner_optimizer}{rates} {cfg.inner_lr:g}, {order} order, {cfg.objective!r}"
     total = progress(cfg, model, cfg.max_steps, 0)
-    count = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
-    return f"""data     {run.data.root}: domains: {count}; {run.data.meta["tokenizer"]} tokens
+    return f"""data     {run.data.root}: domains: {domains}; {run.data.meta["tokenizer"]} tokens
 model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context
 learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
 step     {cfg.tasks_per_step} x {cfg.batch_size} rows, {tokens_per_step(cfg):,} tokens, on {run.world_size} {run.device}

@@ -9,8 +9,8 @@ n_head = 4
 n_embd = 128
 
 batch_size = 4
-tasks_per_step = 11
-max_steps = 890
+tasks_per_step = 10
+max_steps = 780
 
 inner_steps = 3
 inner_lr = 0.02
@@ -19,7 +19,7 @@ first_order = True
 
 learning_rate = 4e-3
 min_lr = 4e-4
-warmup_steps = 50
-eval_interval = 89
+warmup_steps = 47
+eval_interval = 78
 eval_steps = 16
-log_interval = 89
+log_interval = 78
