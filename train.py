@@ -592,7 +592,7 @@ def mfu(run: Run, flops_per_second: float) -> str:
 def one_line(run: Run, losses: dict) -> str:
     """step 200 | train 2.310 -> 2.290 | ...: the mean by role, before -> after the learner's own inner steps."""
     text, roles = f"step {run.step}", run.data.domains
-    for role in dict.fromkeys(("train", *roles.values())):
+    for role in (role for role in ("train", "tune", "heldout") if role in roles.values()):
         means = [np.mean([loss[d] for d in roles if roles[d] == role]) for loss in losses.values() if loss]
         text += f" | {role} {' -> '.join(f'{mean:.3f}' for mean in means)}"
     return text
