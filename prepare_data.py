@@ -2,7 +2,7 @@
 
     python prepare_data.py                                    # real text found on this machine -> data/local
     python prepare_data.py PATH --name mine --heldout a,b     # your own: subfolders, *.txt, *.jsonl[.gz], *.parquet
-    python prepare_data.py common_pile --max_tokens 1e9       # a corpus on the Hugging Face hub: see PRESETS
+    python prepare_data.py common_pile --max_tokens 1e9       # a corpus on the Hugging Face hub: see HUB
     python prepare_data.py --hf NAME --domain_field meta.set  # any other one
     python prepare_data.py --name mine --verify               # check every hash of data/mine
 
@@ -10,17 +10,17 @@ data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, token co
 document preceded by the end-of-text id; llm.c and modded-nanogpt write the same, so a subfolder of their shards is
 a domain as it is. data/<name>/meta.json describes them and is written last: where it is, the dataset is complete.
 Killed at any moment, the same command goes on after the last full shards, to the same bytes: a shard depends on the
-order of the documents alone, and progress.json, a meta.json in the making, counts the documents of the full shards.
+order of the documents alone. Until the dataset is complete, progress.json says which command it is for.
 """
 
 import argparse
 import ast
-import difflib
 import functools
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -43,35 +43,31 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_TOKENS = 100_000_000  # 200 MB a file
 MAX_DOCUMENT = 2**18  # characters; longer documents are cut at line ends, or memory would follow the longest of them
 EOT = "<|endoftext|>"
+SPLITS, UNITS = ("train", "val"), ("documents", "bytes", "tokens")
 
-# Held out is what no other domain resembles, so that adapting to it is learning and not remembering; 'tune', where
-# learning rates are chosen, is the next farthest and not trained on either. Distances of local are measured, by what
-# an order-4 byte model of the nearest other domain pays over the domain's own: cpp_headers 2.3 bits per byte,
-# python_docs 1.3, type_stubs 1.1, the others mostly 0.4 to 0.9. Those of the hub are judged by kind.
 COMMON_PILE = """arxiv_abstracts arxiv_papers biodiversity_heritage_library caselaw_access_project cccc
 data_provenance_initiative doab foodista github_archive library_of_congress libretexts news oercommons peS2o
 pre_1929_books pressbooks project_gutenberg public_domain_review pubmed python_enhancement_proposals regulations
 stackexchange stackv2_edu stackv2_html ubuntu_irc uk_hansard usgpo uspto wikimedia wikiteam youtube"""
 LOCAL = {"torch": "torch torchgen functorch", "sympy": "sympy", "science": "numpy matplotlib networkx mpmath PIL"}
-PRESETS = {
+HUB = {  # datasets, separated by commas, and the field of a record that names its domain
+    "common_pile": (",".join(f"common-pile/{source}_filtered" for source in COMMON_PILE.split()), None),
+    "slimpajama": ("DKYoon/SlimPajama-6B", "meta.redpajama_set_name"),  # cerebras/SlimPajama-627B is the whole
+    "pile_uncopyrighted": ("monology/pile-uncopyrighted", "meta.pile_set_name"),
+}
+
+# Held out is what no other domain resembles, so that adapting to it is learning and not remembering; 'tune', where
+# learning rates are chosen, is the next farthest and not trained on either. Distances of local are measured, by what
+# an order-4 byte model of the nearest other domain pays over the domain's own: cpp_headers 2.3 bits per byte,
+# python_docs 1.3, type_stubs 1.1, the others mostly 0.4 to 0.9. Those of the hub are judged by kind.
+ROLES = {
     "local": {"heldout": ["cpp_headers", "python_docs"], "tune": ["type_stubs"]},  # C++, and prose
-    "common_pile": {  # chat, patents and recipes are alone of their kind; debates half so, youtube is speech too
-        "hf": ",".join(f"common-pile/{source}_filtered" for source in COMMON_PILE.split()),
-        "heldout": ["ubuntu_irc", "uspto", "foodista"],
-        "tune": ["uk_hansard"],
-    },
-    "slimpajama": {  # code and LaTeX against prose; Stack Exchange mixes them. cerebras/SlimPajama-627B is the whole
-        "hf": "DKYoon/SlimPajama-6B",
-        "domain_field": "meta.redpajama_set_name",
-        "heldout": ["RedPajamaGithub", "RedPajamaArXiv"],
-        "tune": ["RedPajamaStackExchange"],
-    },
-    "pile_uncopyrighted": {  # made-up arithmetic, twenty other languages, law; chat is as far, and smaller
-        "hf": "monology/pile-uncopyrighted",
-        "domain_field": "meta.pile_set_name",
-        "heldout": ["DM Mathematics", "EuroParl", "FreeLaw"],
-        "tune": ["Ubuntu IRC"],
-    },
+    # chat, patents and recipes are alone of their kind; debates half so, youtube is speech too
+    "common_pile": {"heldout": ["ubuntu_irc", "uspto", "foodista"], "tune": ["uk_hansard"]},
+    # code and LaTeX against prose; Stack Exchange mixes them
+    "slimpajama": {"heldout": ["RedPajamaGithub", "RedPajamaArXiv"], "tune": ["RedPajamaStackExchange"]},
+    # made-up arithmetic, twenty other languages, law; chat is as far, and smaller
+    "pile_uncopyrighted": {"heldout": ["DM Mathematics", "EuroParl", "FreeLaw"], "tune": ["Ubuntu IRC"]},
 }
 
 
@@ -90,22 +86,19 @@ def open_shard(path) -> np.ndarray:
 
 
 def read_meta(path: Path) -> dict:
-    """A meta.json or progress.json; ValueError if it lacks something that is read from one."""
-    detail = ""
+    """A dataset's meta.json; ValueError if it lacks something that is read from one."""
     try:
         meta = json.loads(path.read_bytes())
-        right = [type(meta["tokenizer"]) is str, type(meta["vocab_size"]) is int, 0 < meta["vocab_size"] <= 2**16]
-        right += [type(meta["command"]) is dict]
+        right = [type(meta["tokenizer"]) is str, meta["vocab_size"] in range(1, 2**16 + 1), "command" in meta]
         for entry in meta["domains"].values():
-            right += [entry["role"] in ("train", "tune", "heldout")]
-            right += [type(n) is int for n in entry["skipped"].values()]
-            right += [type(entry["shards"][split]) is dict for split in ("train", "val")]
-            right += [type(entry[u][s]) is int for u in ("documents", "bytes", "tokens") for s in ("train", "val")]
+            counts = [*entry["skipped"].values(), *(entry[unit][split] for unit in UNITS for split in SPLITS)]
+            right += [entry["role"] in ("train", "tune", "heldout"), all(type(count) is int for count in counts)]
+            right += [type(entry["shards"][split]) is dict for split in SPLITS]
+        if not all(right):
+            raise TypeError("a value of the wrong type")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        right = [False]
-        detail = f" ({type(error).__name__}: {error})"
-    if not all(right):
-        raise ValueError(f"{path} is not as prepare_data.py wrote it{detail}: prepare it with --overwrite")
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not as prepare_data.py wrote it ({why}): prepare it with --overwrite") from None
     return meta
 
 
@@ -133,13 +126,13 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 def read_local(max_mb: float):
     """Code of the installed packages, its docstrings apart, C++ headers, type stubs, tests.
     Files come in the order of their hash until a domain is full: a sample, and not the first of the alphabet."""
-    roots = [("python", Path(sysconfig.get_paths()["stdlib"]))]
-    for kind in LOCAL:
-        specs = filter(None, map(importlib.util.find_spec, LOCAL[kind].split()))
-        roots += [(kind, Path(place)) for spec in specs for place in spec.submodule_search_locations]
+    roots = [("python", sysconfig.get_paths()["stdlib"])]
+    for kind, packages in LOCAL.items():
+        specs = filter(None, map(importlib.util.find_spec, packages.split()))
+        roots += [(kind, place) for spec in specs for place in spec.submodule_search_locations]
     files = defaultdict(dict)  # domain -> hash -> text
     for kind, root in roots:
-        for path in root.rglob("*.*"):
+        for path in Path(root).rglob("*.*"):
             inside = set(path.relative_to(root).parts)
             code = "tests" if inside & {"test", "tests"} else f"{kind}_code"
             domain = {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers"}.get(path.suffix)
@@ -148,13 +141,13 @@ def read_local(max_mb: float):
                 data = path.read_bytes()
                 files[domain][hashlib.sha256(data).digest()] = data.decode("utf-8", "surrogateescape")
     topics = importlib.import_module("pydoc_data.topics").topics if importlib.util.find_spec("pydoc_data") else {}
-    taken = Counter(python_docs=sum(map(len, topics.values())))
     yield from (("python_docs", text) for _, text in sorted(topics.items()))
-    for domain in sorted(files):
+    taken = Counter(python_docs=sum(map(len, topics.values())))
+    for domain, texts in sorted(files.items()):
         docs = domain.replace("_code", "_docs")
-        for _, text in sorted(files[domain].items()):
-            parts = zip((domain, docs), split_docstrings(text), strict=True) if docs != domain else [(domain, text)]
-            for name, part in parts:
+        for _, text in sorted(texts.items()):
+            code, documentation = split_docstrings(text) if docs != domain else (text, "")
+            for name, part in ((domain, code), (docs, documentation)):
                 if taken[name] < max_mb * 1e6:
                     taken[name] += len(part or "")
                     yield name, part
@@ -181,9 +174,23 @@ def split_docstrings(code: str):
     return "\n".join(line for line in lines if line is not None), "\n".join(documentation)
 
 
-def read_files(files: list[tuple[str, Path]], text_field: str):
-    """The documents of (domain, file): lines of JSON, rows of parquet, or text between <|endoftext|> lines."""
-    for domain, path in files:
+def find_files(folder: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """The text files of a folder by domain, and those of the domains that are subfolders of shards made by others."""
+    if not folder.exists():
+        raise SystemExit(f"no folder {folder}: give one, or one of {', '.join(ROLES)}")
+    files, shards = defaultdict(list), defaultdict(list)
+    for path in sorted([folder] if folder.is_file() else folder.rglob("*")):
+        parts = path.relative_to(folder).parts or (path.name,)
+        match = re.fullmatch(r"(.+)\.(txt|jsonl|jsonl\.gz|parquet)", path.name)
+        domain = parts[0] if len(parts) > 1 else match and match[1]
+        if domain and path.is_file() and not any(part.startswith(".") for part in parts):
+            (shards if path.suffix == ".bin" else files)[domain].append(path)
+    return {domain: files[domain] for domain in sorted(files) if domain not in shards}, shards
+
+
+def read_files(files: dict[str, list[Path]], text_field: str):
+    """Documents are lines of JSON, rows of parquet, or the text between <|endoftext|> lines."""
+    for domain, path in ((domain, path) for domain, paths in files.items() for path in paths):
         if path.suffix == ".parquet":
             yield from ((domain, text) for _, text in read_hub("parquet", None, text_field, str(path)))
             continue
@@ -193,22 +200,9 @@ def read_files(files: list[tuple[str, Path]], text_field: str):
                 if ".jsonl" in path.suffixes:
                     yield from ((domain, string_at(text_field, line)) for line in file if line.strip())
                 else:
-                    yield from ((domain, text) for text in split_text(file))
+                    yield from ((domain, text) for text in split_text(file, EOT))
         except (OSError, EOFError, zlib.error) as error:
             raise SystemExit(f"{path}: {error}: mend or remove the file and run again with --overwrite") from None
-
-
-def split_text(file):
-    lines, size = [], 0
-    for line in iter(functools.partial(file.readline, MAX_DOCUMENT), ""):
-        ends = line.strip() == EOT
-        if ends or size + len(line) > MAX_DOCUMENT:
-            yield "".join(lines)
-            lines, size = [], 0
-        if not ends:
-            lines.append(line)
-            size += len(line)
-    yield "".join(lines)
 
 
 def read_hub(names: str, domain_field: str | None, text_field: str, data_files: str | None = None):
@@ -237,40 +231,44 @@ def string_at(field: str, record: dict | str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def split_text(file, separator: str | None = None):
+    """The text between lines that hold only the separator; a longer one than MAX_DOCUMENT is cut at line ends."""
+    lines, size = [], 0
+    for line in iter(functools.partial(file.readline, MAX_DOCUMENT), ""):
+        ends = line.strip() == separator
+        if ends or size + len(line) > MAX_DOCUMENT:
+            yield "".join(lines)
+            lines, size = [], 0
+        if not ends:
+            lines.append(line)
+            size += len(line)
+    yield "".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# documents: cut, hashed, and chosen by their hash
+# documents: hashed, chosen by their hash, and encoded
 
 
 def unique_documents(stream, skipped: dict[str, Counter], keep: dict[str, int]):
     """(domain, text, 64-bit hash) of each document once over all domains, or a held-out one may have been trained on;
     `keep` is the hash from which on a domain's documents are left out."""
-    seen, bar = set(), tqdm(unit="B", unit_scale=True, disable=None)
-    for domain, text in stream:
+    seen = set()
+    for domain, text in tqdm(stream, unit=" documents", disable=None):
         domain = re.sub(r"[/\\,]", "_", domain).strip(". ") or "unknown"
         if text is None:
             skipped[domain]["malformed"] += 1
-        for piece in cut(text or ""):
-            bar.update(len(piece))
+            continue
+        for piece in split_text(io.StringIO(text)) if len(text) > MAX_DOCUMENT else [text]:
             try:
                 number = int.from_bytes(hashlib.blake2b(piece.encode(), digest_size=8).digest(), "little")
             except UnicodeEncodeError:  # what surrogateescape let through
                 skipped[domain]["undecodable"] += 1
                 continue
-            if number < keep.get(domain, 2**64) and number not in seen and piece.strip():
+            if number in seen:
+                skipped[domain]["duplicate"] += 1
+            elif number < keep.get(domain, 2**64) and piece.strip():
                 seen.add(number)
                 yield domain, piece, number
-            elif number in seen:
-                skipped[domain]["duplicate"] += 1
-    bar.close()
-
-
-def cut(text: str):
-    start = 0
-    while len(text) - start > MAX_DOCUMENT:
-        end = text.rfind("\n", start, start + MAX_DOCUMENT) + 1 or start + MAX_DOCUMENT
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def survey(stream, encoding: tiktoken.Encoding, max_tokens: float) -> dict[str, int]:
@@ -287,25 +285,9 @@ def survey(stream, encoding: tiktoken.Encoding, max_tokens: float) -> dict[str, 
     return keep
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tokens: worker processes encode batches of documents
-
-
-def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    """The end-of-text id and the ids of the text, (tokens,) uint16; '<|endoftext|>' inside it is ordinary text."""
-    if encoding.name == "bytes":  # the same ids, a hundred times faster
-        ids = np.frombuffer(text.encode(), np.uint8)
-    else:  # encode_ordinary without its list of Python integers
-        ids = encoding.encode_to_numpy(text, disallowed_special=())
-    return np.concatenate(([encoding.eot_token], ids)).astype(np.uint16)
-
-
-def encode_batch(tokenizer: str, batch: list) -> list:
-    return [(key, encode_document(get_tokenizer(tokenizer), text)) for key, text in batch]
-
-
 def encode_all(tokenizer: str, documents, workers: int):
-    """Batches of (key, ids) in the order of the documents, a few in flight: Executor.map would read all the stream."""
+    """Yields {key: documents' ids}, a batch at a time in the order of the (key, text). Processes encode a few batches
+    ahead: Executor.map would read all the stream."""
     encode, pending = functools.partial(encode_batch, tokenizer), deque()
     if workers < 2:
         yield from map(encode, batches(documents))
@@ -319,6 +301,12 @@ def encode_all(tokenizer: str, documents, workers: int):
             yield pending.popleft().result()
 
 
+def start_worker():
+    """Leaves Ctrl-C to the parent, and ends with it even where it was killed outright."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+
+
 def batches(documents, characters: int = 1_000_000):
     batch, size = [], 0
     for key, text in documents:
@@ -330,54 +318,82 @@ def batches(documents, characters: int = 1_000_000):
     yield batch
 
 
-def start_worker():
-    """Leaves Ctrl-C to the parent, and ends with it even where it was killed outright."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: multiprocessing.parent_process().join() or os._exit(1), daemon=True).start()
+def encode_batch(tokenizer: str, batch: list[tuple]) -> dict[tuple, list[np.ndarray]]:
+    encoded = defaultdict(list)
+    for key, text in batch:
+        encoded[key].append(encode_document(get_tokenizer(tokenizer), text))
+    return encoded
+
+
+def encode_document(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    """The end-of-text id and the ids of the text, (tokens,) uint16; '<|endoftext|>' inside it is ordinary text."""
+    if encoding.name == "bytes":  # the same ids, a hundred times faster
+        ids = np.frombuffer(text.encode(), np.uint8)
+    else:  # encode_ordinary without its list of Python integers
+        ids = encoding.encode_to_numpy(text, disallowed_special=())
+    return np.concatenate(([encoding.eot_token], ids)).astype(np.uint16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # shards: filled beside their place and renamed into it
 
 
-def write_json(path: Path, value: dict):
-    temporary = path.with_suffix(".json.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+class Split:
+    """The shards of one split of a domain: full ones, which a run that goes on keeps, and one that is being filled."""
+
+    def __init__(self, root: Path, encoding: tiktoken.Encoding, domain: str, split: str):
+        self.root, self.encoding, self.stem = root, encoding, f"{domain}/{split}"
+        self.shards, self.counts = {}, Counter()  # SHA-256 by name; documents, bytes and tokens of them all
+        self.filling, self.tokens = root / f"{self.stem}.tmp", 0
+        while (root / self.next()).exists() and len(open_shard(root / self.next())) >= SHARD_TOKENS:
+            self.record(self.next())
+        self.to_skip = self.counts["documents"]  # so many at the beginning of the stream are in full shards
+
+    def next(self) -> str:
+        return f"{self.stem}_{len(self.shards):06d}.bin"
+
+    def record(self, name: str):
+        """Enters a shard; its counts are read back from the file, so it does not matter who wrote it."""
+        self.shards[name], counts = read_shard(self.root / name, self.encoding)
+        self.counts.update(counts)
+
+    def add(self, documents: list[np.ndarray]):
+        """A shard is full with the document that brings it to SHARD_TOKENS."""
+        while documents:
+            ends = self.tokens + np.cumsum([len(ids) for ids in documents])
+            fit = documents[: np.searchsorted(ends, SHARD_TOKENS) + 1]
+            append(self.filling, fit, "ab" if self.tokens else "wb")
+            self.tokens, documents = int(ends[len(fit) - 1]), documents[len(fit) :]
+            if self.tokens >= SHARD_TOKENS:
+                self.close()
+
+    def close(self):
+        if self.tokens:
+            with open(self.filling, "r+b") as file:
+                file.write(np.array([MAGIC, VERSION, self.tokens], np.int32).tobytes())
+            publish(self.filling, self.root / self.next())
+            self.record(self.next())
+            self.tokens = 0
 
 
-def next_shard(root: Path, meta: dict, domain: str, split: str) -> Path:
-    return root / domain / f"{split}_{len(meta['domains'][domain]['shards'][split]):06d}.bin.tmp"
-
-
-def append(path: Path, documents: list[np.ndarray]):
+def append(path: Path, documents: list[np.ndarray], mode: str):
     path.parent.mkdir(exist_ok=True)
-    with open(path, "ab") as file:
-        if file.tell() == 0:
+    with open(path, mode) as file:
+        if mode == "wb":
             file.write(bytes(4 * HEADER_INTS))  # the header comes last: zeros are no shard
         file.writelines(documents)
 
 
-def close_shard(root: Path, meta: dict, domain: str, split: str):
-    path = next_shard(root, meta, domain, split)
-    tokens = (path.stat().st_size - 4 * HEADER_INTS) // 2
-    with open(path, "r+b") as file:
-        file.write(np.array([MAGIC, VERSION, tokens], np.int32).tobytes())
-        file.flush()
+def write_json(path: Path, value: dict):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path):
+    with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
-    os.replace(path, path.with_suffix(""))
-    record_shard(root, meta, domain, split, f"{domain}/{path.stem}")
-
-
-def record_shard(root: Path, meta: dict, domain: str, split: str, name: str):
-    """Enters a shard into meta; its counts are read back from the file, so it does not matter who wrote it."""
-    digest, counts = read_shard(root / name, get_tokenizer(meta["tokenizer"]))
-    meta["domains"][domain]["shards"][split][name] = digest
-    for unit, count in counts.items():
-        meta["domains"][domain][unit][split] += count
+    os.replace(temporary, path)
 
 
 def read_shard(path: Path, encoding: tiktoken.Encoding) -> tuple[str, dict[str, int]]:
@@ -395,27 +411,25 @@ def read_shard(path: Path, encoding: tiktoken.Encoding) -> tuple[str, dict[str, 
     return digest.hexdigest(), {"tokens": tokens, "documents": documents, "bytes": size}
 
 
-def balance(root: Path, meta: dict, domain: str):
+def balance(train: Split, val: Split, share: float):
     """Splits a small domain anew where its hashes left val far from its share: the last documents become val, or the
     last lines of the only one. Larger ones, with a full shard, have the right shares by their numbers."""
-    encoding, share = get_tokenizer(meta["tokenizer"]), meta["command"]["val_share"]
-    paths = [next_shard(root, meta, domain, split) for split in ("train", "val")]
-    sizes = [path.stat().st_size - 4 * HEADER_INTS if path.exists() else 0 for path in paths]
-    full = any(meta["domains"][domain]["tokens"].values())
-    if full or share / 4 < sizes[1] / sum(sizes) < share * 4:
+    if train.shards or val.shards or share / 4 < val.tokens / (train.tokens + val.tokens) < share * 4:
         return
-    ids = np.concatenate([np.fromfile(path, np.uint16, offset=4 * HEADER_INTS) for path in paths if path.exists()])
-    end, eot = int(len(ids) * (1 - share)), np.uint16(encoding.eot_token)
-    for places in (np.flatnonzero(ids == eot), np.flatnonzero(ids == encoding.encode_ordinary("\n")[0]) + 1):
-        places = places[(places > len(ids) // 2) & (places < len(ids))]
-        if len(places):
-            end = places[np.abs(places - end).argmin()]
+    encoding, eot = train.encoding, np.uint16(train.encoding.eot_token)
+    filled = [split.filling for split in (train, val) if split.tokens]
+    ids = np.concatenate([np.fromfile(path, np.uint16, offset=4 * HEADER_INTS) for path in filled])
+    end = int(len(ids) * (1 - share))
+    for starts in (np.flatnonzero(ids == eot), np.flatnonzero(ids == encoding.encode_ordinary("\n")[0]) + 1):
+        starts = starts[(starts > len(ids) // 2) & (starts < len(ids))]
+        if len(starts):
+            end = starts[np.abs(starts - end).argmin()]
             break
     while end > 1 and ids[end] != eot and encoding.decode_single_token_bytes(int(ids[end]))[0] >> 6 == 0b10:
         end -= 1  # not inside a character: such a byte continues one
-    for path, part in zip(paths, (ids[:end], ids[end:] if ids[end] == eot else np.append(eot, ids[end:])), strict=True):
-        path.unlink(missing_ok=True)
-        append(path, [part])
+    for split, part in ((train, ids[:end]), (val, ids[end:] if ids[end] == eot else np.append(eot, ids[end:]))):
+        split.tokens = 0
+        split.add([part])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,104 +438,55 @@ def balance(root: Path, meta: dict, domain: str):
 
 def prepare(root: Path, command: dict, stream, shards: dict[str, list[Path]], workers: int) -> dict:
     """Makes the dataset that `command` describes, or the rest of it where a run was stopped; returns its meta."""
-    for path in (root / "meta.json", root / "progress.json"):
-        if path.exists():
-            meta = read_meta(path)
-            if meta["command"] != command:
-                raise SystemExit(f"{root} was made otherwise or of other text: pass --overwrite or another --name")
-            if path.name == "meta.json":
-                return meta
-            break
-    else:
-        if any(path.suffix != ".tmp" for path in root.glob("*")):
-            raise SystemExit(f"{root} holds something else: choose another --name")
+    begun = next((path for path in (root / "meta.json", root / "progress.json") if path.exists()), None)
+    if begun:
+        meta = read_meta(begun)
+        if meta["command"] != command:
+            raise SystemExit(f"{root} was made otherwise or of other text: pass --overwrite or another --name")
+        if begun.name == "meta.json":
+            return meta
+    elif any(path.suffix != ".tmp" for path in root.glob("*")):
+        raise SystemExit(f"{root} holds something else: choose another --name")
+    encoding = get_tokenizer(command["tokenizer"])
+    if not begun:
+        keep = survey(stream(), encoding, command["max_tokens"]) if command["max_tokens"] else {}
+        meta = {"name": root.name, "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "keep": keep}
+        meta |= {"eot": encoding.eot_token, "command": command, "domains": {}}
         root.mkdir(parents=True, exist_ok=True)
-        encoding = get_tokenizer(command["tokenizer"])
-        meta = {"name": root.name, "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "command": command}
-        meta |= {"eot": encoding.eot_token, "domains": {}, "keep": {}}
         write_json(root / "progress.json", meta)
-    for path in root.glob("*/*.tmp"):
-        path.unlink()
+    splits, skipped = functools.cache(functools.partial(Split, root, encoding)), defaultdict(Counter)
+    domains = set(shards)
+
+    def left_to_encode():
+        for domain, text, number in unique_documents(stream(), skipped, meta["keep"]):
+            domains.add(domain)
+            key = domain, "val" if number % 2**32 < command["val_share"] * 2**32 else "train"
+            splits(*key).to_skip -= 1
+            if splits(*key).to_skip < 0:
+                yield key, text
+
     for domain, paths in shards.items():
-        meta["domains"][domain] = new_domain(command)
+        val = [path for path in paths if "val" in path.name] or paths[-1:]
         for path in paths:
-            val = "val" in path.name or (path == paths[-1] and not any("val" in path.name for path in paths))
-            record_shard(root, meta, domain, "val" if val else "train", str(path.resolve()))
-    if command["max_tokens"] and not meta["keep"]:
-        meta["keep"] = survey(stream(), get_tokenizer(meta["tokenizer"]), command["max_tokens"])
-        write_json(root / "progress.json", meta)
-    skipped = defaultdict(Counter)
-    write_shards(root, meta, encode_all(meta["tokenizer"], left_to_encode(meta, stream(), skipped), workers))
-    # From here on nothing is entered into progress.json: a later run could not count what balance has moved
-    for domain, entry in meta["domains"].items():
-        if domain not in shards:
-            balance(root, meta, domain)
-        for split in ("train", "val"):
-            if next_shard(root, meta, domain, split).exists():
-                close_shard(root, meta, domain, split)
-        entry["skipped"] = skipped[domain]
-        if not all(entry["tokens"].values()):
-            raise SystemExit(f"{domain} has no text for both train and val: give it more, or a shard more")
-    if not meta["domains"]:
+            splits(domain, "val" if path in val else "train").record(str(path.resolve()))
+    for batch in encode_all(encoding.name, left_to_encode(), workers):
+        for key, documents in batch.items():
+            splits(*key).add(documents)
+    for domain in domains:
+        balance(splits(domain, "train"), splits(domain, "val"), command["val_share"])
+        entry = {"source": command["source"], "skipped": skipped[domain], "shards": {}, **{unit: {} for unit in UNITS}}
+        for name in SPLITS:
+            split = splits(domain, name)
+            split.close()
+            entry["shards"][name] = split.shards
+            if not split.shards:
+                raise SystemExit(f"{domain} has no text for both train and val: give it more, or a shard more")
+            for unit in UNITS:
+                entry[unit][name] = split.counts[unit]
+        meta["domains"][domain] = entry
+    if not domains:
         raise SystemExit(f"no text in {command['source']}: give a folder of text files, *.txt, *.jsonl or *.parquet")
     return meta
-
-
-def new_domain(command: dict) -> dict:
-    counts = {unit: {"train": 0, "val": 0} for unit in ("documents", "bytes", "tokens")}
-    return {"role": "train", "source": command["source"], "shards": {"train": {}, "val": {}}, "skipped": {}, **counts}
-
-
-def left_to_encode(meta: dict, stream, skipped: dict[str, Counter]):
-    """((domain, split), text) of the documents that are not in a full shard yet."""
-    done = Counter()
-    for domain, entry in meta["domains"].items():
-        done.update({(domain, split): count for split, count in entry["documents"].items()})
-    for domain, text, number in unique_documents(stream, skipped, meta["keep"]):
-        key = domain, "val" if number % 2**32 < meta["command"]["val_share"] * 2**32 else "train"
-        done[key] -= 1
-        if done[key] < 0:
-            yield key, text
-
-
-def write_shards(root: Path, meta: dict, encoded):
-    tokens = Counter()
-    for batch in encoded:
-        pending = defaultdict(list)
-        for key, ids in batch:
-            meta["domains"].setdefault(key[0], new_domain(meta["command"]))
-            pending[key].append(ids)
-            tokens[key] += len(ids)
-            if tokens[key] >= SHARD_TOKENS:
-                append(next_shard(root, meta, *key), pending.pop(key))
-                close_shard(root, meta, *key)
-                write_json(root / "progress.json", meta)
-                del tokens[key]
-        for key, documents in pending.items():
-            append(next_shard(root, meta, *key), documents)
-
-
-def find_files(folder: Path) -> tuple[list[tuple[str, Path]], dict[str, list[Path]]]:
-    """(domain, text file) in a folder, and the domains that are subfolders of shards made by others."""
-    if not folder.exists():
-        raise SystemExit(f"no folder {folder}: give one, or one of {', '.join(PRESETS)}")
-    files, shards = [], defaultdict(list)
-    for path in sorted([folder] if folder.is_file() else folder.rglob("*")):
-        parts = path.relative_to(folder).parts or (path.name,)
-        suffix = re.search(r"\.(txt|jsonl|jsonl\.gz|parquet)$", path.name)
-        if any(part.startswith(".") for part in parts) or not path.is_file():
-            continue
-        if len(parts) > 1 and path.suffix == ".bin":
-            shards[parts[0]].append(path)
-        elif len(parts) > 1 or suffix:
-            files.append((parts[0] if len(parts) > 1 else path.name[: suffix.start()], path))
-    return sorted((domain, path) for domain, path in files if domain not in shards), shards
-
-
-def check_roles(given: dict[str, list[str]], domains):
-    for role, name in ((role, name) for role, names in given.items() for name in names if name not in domains):
-        near = difflib.get_close_matches(name, domains, 1, 0) or ["..."]
-        raise SystemExit(f"--{role}: no domain {name!r}: did you mean {near[0]!r}?")
 
 
 def verify(root: Path) -> dict:
@@ -535,6 +500,12 @@ def verify(root: Path) -> dict:
     return meta
 
 
+def check_roles(given: dict[str, list[str]], domains):
+    for role, names in given.items():
+        if unknown := set(names) - set(domains):
+            raise SystemExit(f"--{role}: no domain {min(unknown)!r}: choose from {', '.join(sorted(domains))}")
+
+
 def print_table(meta: dict):
     print(f"{'domain':30}{'role':>9}{'documents':>12}{'tokens':>16}{'bytes/token':>13}  skipped")
     for domain, entry in sorted(meta["domains"].items()):
@@ -545,7 +516,7 @@ def print_table(meta: dict):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", default="local", help=f"a folder or file of text, or {', '.join(PRESETS)}")
+    parser.add_argument("source", nargs="?", default="local", help=f"a folder or file of text, or {', '.join(ROLES)}")
     parser.add_argument("--name", help="of the dataset; default: of the source")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--tokenizer", help="gpt2 or bytes; default: gpt2 for the hub, else bytes")
@@ -561,8 +532,7 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="make the dataset anew")
     parser.add_argument("--verify", action="store_true", help="check every hash of a dataset, and write nothing")
     args = parser.parse_args(argv)
-    preset = PRESETS.get(args.source, {})
-    hf = args.hf or preset.get("hf")
+    hub = (args.hf, None) if args.hf else HUB.get(args.source)
     name = args.name or (re.sub(r"\W", "_", args.hf) if args.hf else Path(args.source).resolve().name.split(".")[0])
     if name != Path(name).name:
         raise SystemExit(f"--name {name!r}: give the name of a folder in --data_dir, not a path")
@@ -572,28 +542,26 @@ def main(argv=None):
     try:
         if args.verify:
             return print_table(verify(root))
-        if hf:
-            inputs = [hf, args.domain_field or preset.get("domain_field"), args.text_field, args.data_files]
+        if hub:
+            inputs = [hub[0], args.domain_field or hub[1], args.text_field, args.data_files]
             stream = functools.partial(read_hub, *inputs)
         elif args.source == "local":
-            packages = ("torch", "numpy", "sympy", "matplotlib", "networkx")
-            versions = map(importlib.metadata.version, packages)
+            versions = map(importlib.metadata.version, ("torch", "numpy", "sympy", "matplotlib", "networkx"))
             inputs = [args.max_mb, sysconfig.get_config_var("py_version"), *versions]
             stream = functools.partial(read_local, args.max_mb)
         else:
             files, shards = find_files(Path(args.source))
-            check_roles(given, [*dict(files), *shards])
-            found = files + [(domain, path) for domain, paths in shards.items() for path in paths]
-            inputs = [[domain, path.name, path.stat().st_size] for domain, path in found]
+            check_roles(given, files | shards)
+            inputs = [[d, path.name, path.stat().st_size] for d, paths in (files | shards).items() for path in paths]
             stream = functools.partial(read_files, files, args.text_field)
-        command = {"source": args.hf or args.source, "tokenizer": args.tokenizer or ("gpt2" if hf else "bytes")}
-        command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hf else 0.1}
+        command = {"source": args.hf or args.source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
+        command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hub else 0.1}
         command["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         if args.overwrite and ((root / "meta.json").exists() or (root / "progress.json").exists()):
             shutil.rmtree(root)
         # by default none for bytes: to send them to a process costs more than to copy them
         workers = args.workers or (1 if command["tokenizer"] == "bytes" else os.cpu_count())
-        meta, roles = prepare(root, command, stream, shards, workers), preset | given
+        meta, roles = prepare(root, command, stream, shards, workers), ROLES.get(args.source, {}) | given
         for domain, entry in meta["domains"].items():
             entry["role"] = next((role for role in ("heldout", "tune") if domain in roles.get(role, ())), "train")
         write_json(root / "meta.json", meta)
