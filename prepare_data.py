@@ -108,12 +108,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
         return tiktoken.Encoding(name, pat_str="(?s).{1,64}", mergeable_ranks=ranks, special_tokens={EOT: 256})
-    if name not in tiktoken.list_encoding_names():
-        raise SystemExit(f"no tokenizer {name!r}: use gpt2 or bytes")
     try:
         encoding = tiktoken.get_encoding(name)
-    except OSError:
-        raise SystemExit(f"cannot download the {name} encoding: connect once, or use --tokenizer bytes") from None
+    except (OSError, ValueError):  # no network, or no such name
+        raise SystemExit(f"cannot get the encoding {name!r}: use bytes, or gpt2 and connect once") from None
     if encoding.n_vocab > 2**16:
         raise SystemExit(f"{name} has {encoding.n_vocab} ids, more than the shards' uint16: use gpt2 or bytes")
     return encoding
@@ -134,10 +132,10 @@ def read_local(max_mb: float):
     for kind, root in roots:
         for path in Path(root).rglob("*.*"):
             inside = set(path.relative_to(root).parts)
+            if inside & {"site-packages", "dist-packages", "pydoc_data"} or (path.suffix == ".h" and "ops" in inside):
+                continue  # others' code; seven thousand headers of ATen/ops from one template
             code = "tests" if inside & {"test", "tests"} else f"{kind}_code"
-            domain = {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers"}.get(path.suffix)
-            generated = path.suffix == ".h" and "ops" in inside  # ATen/ops: seven thousand from one template
-            if domain and not generated and not inside & {"site-packages", "dist-packages", "pydoc_data"}:
+            if domain := {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers"}.get(path.suffix):
                 data = path.read_bytes()
                 files[domain][hashlib.sha256(data).digest()] = data.decode("utf-8", "surrogateescape")
     topics = importlib.import_module("pydoc_data.topics").topics if importlib.util.find_spec("pydoc_data") else {}
@@ -232,17 +230,15 @@ def string_at(field: str, record: dict | str) -> str | None:
 
 
 def split_text(file, separator: str | None = None):
-    """The text between lines that hold only the separator; a longer one than MAX_DOCUMENT is cut at line ends."""
-    lines, size = [], 0
+    """The text between lines that hold only the separator; one that exceeds MAX_DOCUMENT is cut at line ends."""
+    piece = ""
     for line in iter(functools.partial(file.readline, MAX_DOCUMENT), ""):
         ends = line.strip() == separator
-        if ends or size + len(line) > MAX_DOCUMENT:
-            yield "".join(lines)
-            lines, size = [], 0
-        if not ends:
-            lines.append(line)
-            size += len(line)
-    yield "".join(lines)
+        if ends or len(piece) + len(line) > MAX_DOCUMENT:
+            yield piece
+            piece = ""
+        piece += "" if ends else line
+    yield piece
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -288,17 +284,16 @@ def survey(stream, encoding: tiktoken.Encoding, max_tokens: float) -> dict[str, 
 def encode_all(tokenizer: str, documents, workers: int):
     """Yields {key: documents' ids}, a batch at a time in the order of the (key, text). Processes encode a few batches
     ahead: Executor.map would read all the stream."""
-    encode, pending = functools.partial(encode_batch, tokenizer), deque()
     if workers < 2:
-        yield from map(encode, batches(documents))
+        yield from (encode_batch(tokenizer, batch) for batch in batches(documents))
         return
+    pending = deque()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         for batch in batches(documents):
-            pending.append(pool.submit(encode, batch))
+            pending.append(pool.submit(encode_batch, tokenizer, batch))
             if len(pending) > 3 * workers:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def start_worker():
@@ -454,36 +449,36 @@ def prepare(root: Path, command: dict, stream, shards: dict[str, list[Path]], wo
         meta |= {"eot": encoding.eot_token, "command": command, "domains": {}}
         root.mkdir(parents=True, exist_ok=True)
         write_json(root / "progress.json", meta)
-    splits, skipped = functools.cache(functools.partial(Split, root, encoding)), defaultdict(Counter)
-    domains = set(shards)
+    domains, skipped = {}, defaultdict(Counter)
+
+    def splits(domain: str) -> list[Split]:
+        if domain not in domains:
+            domains[domain] = [Split(root, encoding, domain, name) for name in SPLITS]
+        return domains[domain]
 
     def left_to_encode():
         for domain, text, number in unique_documents(stream(), skipped, meta["keep"]):
-            domains.add(domain)
-            key = domain, "val" if number % 2**32 < command["val_share"] * 2**32 else "train"
-            splits(*key).to_skip -= 1
-            if splits(*key).to_skip < 0:
-                yield key, text
+            is_val = number % 2**32 < command["val_share"] * 2**32
+            splits(domain)[is_val].to_skip -= 1
+            if splits(domain)[is_val].to_skip < 0:
+                yield (domain, is_val), text
 
     for domain, paths in shards.items():
         val = [path for path in paths if "val" in path.name] or paths[-1:]
         for path in paths:
-            splits(domain, "val" if path in val else "train").record(str(path.resolve()))
+            splits(domain)[path in val].record(str(path.resolve()))
     for batch in encode_all(encoding.name, left_to_encode(), workers):
-        for key, documents in batch.items():
-            splits(*key).add(documents)
-    for domain in domains:
-        balance(splits(domain, "train"), splits(domain, "val"), command["val_share"])
-        entry = {"source": command["source"], "skipped": skipped[domain], "shards": {}, **{unit: {} for unit in UNITS}}
-        for name in SPLITS:
-            split = splits(domain, name)
-            split.close()
-            entry["shards"][name] = split.shards
-            if not split.shards:
-                raise SystemExit(f"{domain} has no text for both train and val: give it more, or a shard more")
-            for unit in UNITS:
-                entry[unit][name] = split.counts[unit]
-        meta["domains"][domain] = entry
+        for (domain, is_val), documents in batch.items():
+            domains[domain][is_val].add(documents)
+    for domain, (train, val) in domains.items():
+        balance(train, val, command["val_share"])
+        train.close()
+        val.close()
+        if not (train.shards and val.shards):
+            raise SystemExit(f"{domain} has no text for both train and val: give it more, or a shard more")
+        entry = {"source": command["source"], "skipped": skipped[domain]}
+        entry |= {unit: {"train": train.counts[unit], "val": val.counts[unit]} for unit in UNITS}
+        meta["domains"][domain] = entry | {"shards": {"train": train.shards, "val": val.shards}}
     if not domains:
         raise SystemExit(f"no text in {command['source']}: give a folder of text files, *.txt, *.jsonl or *.parquet")
     return meta
