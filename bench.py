@@ -11,10 +11,11 @@ measured / counted. `memory` is the height of what torch allocates during a step
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,14 +35,11 @@ from maml import MAML
 from model import GPT, GPTConfig
 from train import Config, Dataset, pick_device
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the learner
 
-
+# --- the learner ------------------------------------------------------------------------------------------------------
 def bench_learner(args) -> list[dict]:
     device, autocast = pick_device(args.device), torch.bfloat16 if args.dtype == "bfloat16" else None
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     torch.manual_seed(0)
     model = GPT(GPTConfig(args.block_size, args.vocab_size, args.n_layer, args.n_head, args.n_embd)).to(device)
     cases = [("plain", 0, {}), ("plain, MATH attention", 0, {"math": True})]
@@ -56,35 +54,27 @@ def bench_learner(args) -> list[dict]:
         attention = partial(sdpa_kernel, SDPBackend.MATH) if how.pop("math", False) else nullcontext
         learner = MAML(model, K, **{"inner_lr": 0.01, "autocast": autocast} | how).to(device)
         ids = torch.randint(args.vocab_size, (args.rows * (K + 1), args.block_size + 1), device=device)
-        counted = 3 * (K + 1) if how.get("first_order") else 12 * K + 3
-        steps.append(partial(one_step, learner, ids, attention))
-        rows.append({"case": name, "K": K, "counted": counted, "stored": min(counted, 9 * K + 3)})
+        steps.append(partial(timed_step, learner, ids, attention))
+        rows.append({"case": name, "counted": 3 * (K + 1) if how.get("first_order") else 12 * K + 3})
     for step in tqdm(steps, "warming up"):
         step()
-    seconds = [[timed(step, device) for step in steps] for _ in tqdm(range(args.repeat), "measuring")]
+    seconds = np.array([[step() for step in steps] for _ in tqdm(range(args.repeat), "measuring")])
     peaks = [peak_memory(model, step, device) for step in steps]
-    for i, row in enumerate(rows):
-        plain = int("second" in row["case"])  # which of the first two cases it is measured against
-        row["F"] = statistics.median(3 * times[i] / times[plain] for times in seconds)
-        row |= {"ratio": row["F"] / row["counted"], "of 9K+3": row["F"] / row["stored"]}
-        row |= {"ms": 1e3 * statistics.median(times[i] for times in seconds), "memory": peaks[i] / peaks[plain]}
-        row["tokens/s"] = args.rows * (row["K"] + 1) * args.block_size / row["ms"] * 1e3
+    for i, (row, (name, K, _)) in enumerate(zip(rows, cases, strict=True)):
+        plain, took = int("second" in name), np.median(seconds[:, i])  # which of the first two it is measured against
+        F = np.median(3 * seconds[:, i] / seconds[:, plain])
+        row |= {"F": F, "ratio": F / row["counted"], "of 9K+3": F / min(row["counted"], 9 * K + 3), "ms": 1e3 * took}
+        row |= {"memory": peaks[i] / peaks[plain], "tokens/s": args.rows * (K + 1) * args.block_size / took}
     return rows
 
 
-def one_step(learner, ids, attention):
-    with attention():
-        loss = learner(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-
-
-def timed(step, device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def timed_step(learner, ids, attention) -> float:
+    wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    wait()
     began = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    with attention():
+        learner(ids[:, :-1], ids[:, 1:]).backward()
+    wait()
     return time.perf_counter() - began
 
 
@@ -102,13 +92,10 @@ def peak_memory(model, step, device) -> int:
     return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the data
-
-
+# --- the data ---------------------------------------------------------------------------------------------------------
 def bench_data(args) -> list[dict]:
     """Preparing a text against tiktoken on the same text in memory, two processes each; and drawing tasks at scale."""
-    tokenizer = prepare_data.get_tokenizer(args.tokenizer)
+    name = prepare_data.get_tokenizer(args.tokenizer).name
     with tempfile.TemporaryDirectory() as folder:
         prepare_data.main(["local", "--name", "text", "--data_dir", folder, "--max_mb", "12"])
         shards = [prepare_data.open_shard(path) for path in sorted(Path(folder, "text").glob("*/train_*.bin"))]
@@ -116,22 +103,20 @@ def bench_data(args) -> list[dict]:
         texts = [ids.astype(np.uint8).tobytes().decode(errors="replace") for ids in documents]
         Path(folder, "in").mkdir()
         Path(folder, "in", "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        megabytes, ratios, speeds = sum(len(text.encode()) for text in texts) / 1e6, [], []
+        megabytes, seconds = sum(len(text.encode()) for text in texts) / 1e6, []
         for i in range(3):
             began = time.perf_counter()
             with multiprocessing.Pool(2) as pool:
-                pool.map(encode, [(tokenizer.name, texts[0::2]), (tokenizer.name, texts[1::2])])
+                pool.map(encode, [(name, texts[0::2]), (name, texts[1::2])])
             alone, began = time.perf_counter() - began, time.perf_counter()
-            options = ["--name", str(i), "--data_dir", folder, "--tokenizer", tokenizer.name, "--workers", "2"]
+            options = ["--name", str(i), "--data_dir", folder, "--tokenizer", name, "--workers", "2"]
             subprocess.run([sys.executable, prepare_data.__file__, f"{folder}/in", *options], check=True)
-            took = time.perf_counter() - began
-            ratios.append(alone / took)
-            speeds.append(megabytes / took)
-        ratio, speed = statistics.median(ratios), statistics.median(speeds)
-        rows = [{"case": f"{megabytes:.0f} MB to {tokenizer.name} tokens", "ratio": ratio, "MB/s": speed}]
-        for name, domains, tokens in (("small", 10, 10**6), ("large", 40, 250 * 10**6)):
+            seconds.append((alone, time.perf_counter() - began))
+        ratio, speed = np.median([(alone / took, megabytes / took) for alone, took in seconds], axis=0)
+        rows = [{"case": f"{megabytes:.0f} MB to {name} tokens", "ratio": ratio, "MB/s": speed}]
+        for size, domains, tokens in (("small", 10, 10**6), ("large", 40, 250 * 10**6)):
             case = f"draw a row of {domains * tokens:.0e} tokens, {domains} domains"
-            rows.append({"case": case, "us": draw_time(Path(folder, name), domains, tokens)})
+            rows.append({"case": case, "us": draw_time(Path(folder, size), domains, tokens)})
     return rows
 
 
@@ -142,31 +127,25 @@ def encode(task):
 
 def draw_time(root: Path, domains: int, tokens: int) -> float:
     """Microseconds to draw a row of 1,024 tokens, from sparse files of that many tokens a domain in shards of 1e8."""
-    meta = {"tokenizer": "bytes", "vocab_size": 257, "command": {}, "domains": {}}
     none = {unit: {"train": 0, "val": 0} for unit in ("documents", "bytes", "tokens")}
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "command": {}, "domains": {}}
     for d in map(str, range(domains)):
-        shards = {}
-        for n in range(0, tokens, 10**8):
-            path, count = root / d / f"train_{n // 10**8:06}.bin", min(10**8, tokens - n)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.array([prepare_data.MAGIC, prepare_data.VERSION, count], np.int32).tofile(path)
-            with open(path, "r+b") as file:
-                file.truncate(4 * prepare_data.HEADER_INTS + 2 * count)
-            shards[f"{d}/{path.name}"] = ""
-        meta["domains"][d] = {"role": "train", "shards": {"train": shards, "val": shards}, "skipped": {}, **none}
+        shards = {f"{d}/train_{i:06}.bin": min(10**8, tokens - n) for i, n in enumerate(range(0, tokens, 10**8))}
+        (root / d).mkdir(parents=True)
+        for path, count in shards.items():
+            np.array([prepare_data.MAGIC, prepare_data.VERSION, count], np.int32).tofile(root / path)
+            os.truncate(root / path, 4 * prepare_data.HEADER_INTS + 2 * count)
+        hashes = dict.fromkeys(shards, "")
+        meta["domains"][d] = {"role": "train", "shards": {"train": hashes, "val": hashes}, "skipped": {}, **none}
     (root / "meta.json").write_text(json.dumps(meta))
     cfg = Config(data_dir=str(root.parent), dataset=root.name, block_size=1024, batch_size=16, tasks_per_step=8)
     data, began = Dataset(cfg), time.perf_counter()
-    for step in range(50):
-        for task in range(8):
-            data.task(step, task)
+    for step, task in itertools.product(range(50), range(8)):
+        data.task(step, task)
     return 1e6 * (time.perf_counter() - began) / (50 * 8 * 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the table
-
-
+# --- the table --------------------------------------------------------------------------------------------------------
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="learner", choices=["learner", "data"])
@@ -181,17 +160,14 @@ def main():
     parser.add_argument("-o", "--output", type=Path, default=Path("out/bench.json"))
     args = parser.parse_args()
     rows = (bench_data if args.what == "data" else bench_learner)(args)
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    about = {"device": device, "torch": torch.__version__} | {name: getattr(args, name) for name in ("dtype", *shape)}
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("K", "stored")]
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "torch": torch.__version__}
+    about |= {name: getattr(args, name) for name in ("dtype", *shape)}
+    columns = [*dict.fromkeys(key for row in rows for key in row)]
     print(*(f"{key}={value}" for key, value in about.items()))
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
-        cells = [f"{row[c]:.2f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns]
-        print(cells[0].ljust(46) + "".join(cell.rjust(12) for cell in cells[1:]))
+        first, *cells = (f"{row[c]:.2f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
+        print(first.ljust(46) + "".join(cell.rjust(12) for cell in cells))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({**about, "rows": rows}, indent=1))
 
