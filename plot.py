@@ -71,14 +71,14 @@ def to_run(rows, bits):
     if the last checkpoint was adapted, its 'tune' loss after that, and its 'ladder': (rates, draws, held-out domains,
     support sizes), chosen rate first. Newer rows replace older ones: a run is resumed, or adapted again."""
     roles, size = rows[0]["dataset"]["roles"], rows[0]["dataset"]["bytes_per_token"]
-    unit = {d: 1 / math.log(2) / size[d] if bits else 1.0 for d in sorted(roles)}
+    unit = {d: 1 / math.log(2) / size.get(d, math.nan) if bits else 1.0 for d in sorted(roles)}
     train, tune, heldout = ([d for d in unit if roles[d] == role] for role in ("train", "tune", "heldout"))
     if not heldout:
         raise SystemExit("a run holds no domain out, so there is nothing to compare: prepare its data with --heldout")
     run = {"head": rows[0], "domains": [tune, heldout], "train": {}, "heldout": {}, "adapted": {}, "tune": math.nan}
     for row in [row for row in rows if row["kind"] == "val"]:
         for name, domains in (("train", train), ("heldout", heldout)):
-            loss = np.mean([unit[d] * row["loss"][d] for d in domains])
+            loss = np.mean([unit[d] * row["loss"].get(d, math.nan) for d in domains])
             run[name][int(row["step"])] = [*(float(row[axis]) for axis in AXES), loss]
     adapt = [row for row in rows if row["kind"] == "adapt"]
     adapt = [row for row in adapt if row["support_tokens"] == adapt[-1]["support_tokens"]]
@@ -86,11 +86,12 @@ def to_run(rows, bits):
         now = [row for row in adapt if row["step"] == step]
         loss = {(row["lr"], row["draw"], row["domain"]): unit[row["domain"]] * np.array(row["loss"]) for row in now}
         rates, draws = sorted({key[0] for key in loss}, key=lambda lr: lr != chosen), {key[1] for key in loss}
-        ladder = np.array([[[loss[lr, draw, d] for d in heldout] for draw in draws] for lr in rates])
+        gap = np.full(len(now[-1]["loss"]), math.nan)  # one rate may have been tried on more draws than another
+        ladder = np.array([[[loss.get((lr, k, d), gap) for d in heldout] for k in draws] for lr in rates])
         run["support"] = now[-1]["support_tokens"]
         run["adapted"][step] = [*(float(now[-1][axis]) for axis in AXES), ladder[0, ..., -1].mean()]
         if step >= max(run["heldout"]):
-            tuned = [loss[chosen, draw, d][-1] for d in tune for draw in draws]
+            tuned = [path[-1] for (lr, _, d), path in loss.items() if lr == chosen and d in tune]
             run |= {"ladder": ladder, "tune": np.mean(tuned or math.nan)}
     return run
 
@@ -165,13 +166,9 @@ def sweep(methods, unit):
         runs, config = [*seeds.values()], next(iter(seeds.values()))["head"]["config"]
         changed = [key for key in base | config if config.get(key) != base.get(key)]
         changed = [key for key in changed if not re.fullmatch("seed|out_dir|log_interval|eval_.*", key)]
-        about = (
-            label,
-            " ".join(f"{key}={config.get(key, '-')}" for key in changed) or "-",
-            ", ".join(map(str, sorted(seeds))),
-        )
-        losses = [measures(runs, runs)[m] for m in shown]
-        row = *about, f"{curve(runs, 'train')[0, -1, 0]:,.0f}", *map(cell, losses)
+        changes = " ".join(f"{key}={config.get(key, '-')}" for key in changed) or "-"
+        tokens, losses = f"{curve(runs, 'train')[0, -1, 0]:,.0f}", [measures(runs, runs)[m] for m in shown]
+        row = label, changes, ", ".join(map(str, sorted(seeds))), tokens, *map(cell, losses)
         rows.append((math.isnan(losses[1]), np.nansum(losses[:2]), row))
     rows = [row for *_, row in sorted(rows, key=lambda row: row[:2])]
     return [(f"losses in {unit}", "changed", "seeds", "tokens", *(what for _, what in shown)), *rows]
