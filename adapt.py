@@ -1,7 +1,6 @@
 """How fast does a checkpoint learn what it has never seen? AdamW on a few tokens of a held-out domain, or of your text.
 
-    python adapt.py out/maml_demo                 # every tune and held-out domain; rows into out/maml_demo/log.jsonl,
-                                                  # also for the checkpoints that --keep_interval kept on the way
+    python adapt.py out/maml_demo  # learns tune and held-out domains, from every kept checkpoint; rows into its log
     python adapt.py out/maml_demo --text notes.txt --prompt "Dear" --save adapted.pt
 
 All checkpoints are adapted alike, whatever trained them: a fresh AdamW at a constant rate, no weight decay, gradients

@@ -1,5 +1,6 @@
 # python train.py config/maml_corpus.py
-# The model, tokens and steps of config/baseline_corpus.py, meta-learned: three inner steps on each task of one domain.
+# The model, tokens and rows a step of config/baseline_corpus.py, meta-learned: each task is 20 rows of one domain,
+# learned row by row with learned rates, first order.
 
 out_dir = "out/maml_corpus"
 dataset = "corpus"
@@ -8,18 +9,17 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 
-batch_size = 4
-tasks_per_step = 10
-max_steps = 780
+batch_size = 20
+tasks_per_step = 2
+max_steps = 586
 
-inner_steps = 3
+inner_steps = 19
 inner_lr = 0.02
 learn_inner_lr = True
 first_order = True
 
 learning_rate = 4e-3
 min_lr = 4e-4
-warmup_steps = 47
-eval_interval = 78
-eval_steps = 16
-log_interval = 78
+warmup_steps = 35
+eval_interval = 98
+eval_steps = 4
