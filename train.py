@@ -373,7 +373,8 @@ class Dataset:
         rows = self.windows(domain, "val", self.cfg.eval_steps * B, rng("val", domain), at_most=True)
         B = min(B, len(rows) // chunks * chunks)
         if not B:
-            raise ValueError(f"the val split of {domain!r} has only {len(rows)} rows of {self.T}: lower block_size")
+            few = f"the val split of {domain!r} has only {len(rows)} rows of {self.T}"
+            raise ValueError(f"{few}: lower block_size or inner_steps")
         return [batch(rows[i : i + B]) for i in range(0, len(rows) - B + 1, B)]
 
 
