@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from maml import MAML, chunks
-from model import GPT, GPTConfig
+from model import GPT
 from prepare_data import get_tokenizer
 from train import Config, Dataset, append_row, batch, check_field, load_checkpoint, pick_device, progress, rng
 
@@ -34,7 +34,7 @@ def learning_curve(model: GPT, support, query, lr: float, measured=MEASURED) -> 
 
     support and query are pairs x, y of (rows, T); the support's rows are a multiple of the last number of steps.
     """
-    learner = MAML(model, measured[-1], lr, "adamw", inner_clip=1.0, first_order=True)
+    learner = MAML(model, measured[-1], lr, "adamw", inner_clip=1.0, first_order=True)  # nothing is differentiated
     losses, phi = [learner.loss(learner.theta(), *query).item()], learner.theta()
     for k, (_, phi) in enumerate(learner.trajectory(*(chunks(t, measured[-1]) for t in support)), start=1):
         if k in measured:
@@ -94,15 +94,13 @@ def adapt_to_text(args, model: GPT, ckpt: dict, device):
     per_step = min(args.rows, len(rows) - n_query)
     steps = (len(rows) - n_query) // per_step
     support, query = batch(rows[: steps * per_step], device), batch(rows[-n_query:], device)
-    (before, after), phi = learning_curve(
-        model, support, query, lr := args.lr[0] if args.lr else chosen_lr(args.run), (0, steps)
-    )
-    print(
-        f"{args.text}: {steps} AdamW steps at {lr:g} on {support[0].numel():,} tokens, measured on {query[0].numel():,}"
-    )
-    for when, loss in (("before", before), ("after", after)):
-        print(f"\n{when}: {loss:.3f} nats per token\n{sample(model, tokenizer, args, device)}")
-        model.load_state_dict(phi, strict=False)  # lm_head.weight is wte's
+    lr = args.lr[0] if args.lr else chosen_lr(Path(args.run))
+    (before, after), phi = learning_curve(model, support, query, lr, (0, steps))
+    sizes = f"on {support[0].numel():,} tokens, measured on {query[0].numel():,}"
+    print(f"{args.text}: {steps} AdamW steps at {lr:g} {sizes}")
+    print(f"\nbefore: {before:.3f} nats per token\n{sample(model, tokenizer, args, device)}")
+    model.load_state_dict(phi, strict=False)  # lm_head.weight is wte's
+    print(f"\nafter: {after:.3f} nats per token\n{sample(model, tokenizer, args, device)}")
     if args.save:
         keep = {key: ckpt[key] for key in ("model_args", "config", "dataset", "step", "seconds") if key in ckpt}
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
@@ -110,10 +108,10 @@ def adapt_to_text(args, model: GPT, ckpt: dict, device):
         print(f"\nsaved: python adapt.py {args.save} --text ..., or train.py --init_from={args.save}")
 
 
-def chosen_lr(run: str) -> float:
+def chosen_lr(run: Path) -> float:
     """The rate that adapting this run to its tune domains chose; 1e-3 where that was never done."""
-    path = Path(run) / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
+    log = (run if run.is_dir() else run.parent) / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]] if log.is_file() else []
     return next((row["lr"] for row in reversed(rows) if row.get("chosen")), 1e-3)
 
 
@@ -148,10 +146,8 @@ def main(argv: list[str] | None = None):
         device, path = pick_device(args.device), Path(args.run)
         last = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
         for checkpoint in [last] if args.text else [*sorted(path.glob("step_*.pt")), last]:
-            ckpt = load_checkpoint(checkpoint)
-            model = GPT(GPTConfig(**ckpt["model_args"] | {"dropout": 0.0})).to(device).eval()
-            model.load_state_dict(ckpt["model"])
-            (adapt_to_text if args.text else adapt_to_domains)(args, model, ckpt, device)
+            ckpt, model = load_checkpoint(checkpoint)
+            (adapt_to_text if args.text else adapt_to_domains)(args, model.to(device).eval(), ckpt, device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"adapt.py: {error}") from None
 

@@ -2,31 +2,43 @@
 
 A task is one batch of one domain, its rows cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
 
-    inner    phi_0 = theta                                          learn chunk after chunk, as any LLM is trained
-             phi_k+1 = update(phi_k, g_k),  g_k = grad L_k(phi_k)   (update: SGD or AdamW, with a schedule)
-    outer    L_K(phi_K), or the mean of all L_k(phi_k)              how well, or how fast, the task was learned
-             theta <- AdamW(theta, d outer / d theta)               differentiated through the whole inner loop
+    inner, in trajectory    phi_0 = theta,  phi_k+1 = update(phi_k, g_k),  g_k = grad L_k(phi_k)
+                            chunk after chunk, as any LLM is trained; update: SGD or AdamW, with a schedule
+    outer, in forward       L_K(phi_K), or the mean of all L_k(phi_k): how well, or how fast, the task was learned
+                            theta <- AdamW(theta, d outer / d theta), differentiated through the whole inner loop
 
 Finn et al. 2017 (arXiv 1703.03400) take the first outer loss, objective='final'. objective='every' is the area under
 the task's learning curve (the multi-step loss of Antoniou et al. 2019, arXiv 1810.09502, with equal weights):
 every token is predicted once, just before it is learned. With K = 0 both are L_0(theta): plain training, bit for bit.
 
-Three things make it possible:
-- functional_call(model, phi, (x, y)) runs the model with phi in the place of its parameters. optimizer.step() would
-  write phi into the tensors of theta, and what is overwritten has no derivative; here every phi_k is a new tensor and
-  the path phi_K -> ... -> phi_0 = theta stays whole. Tied weights stay tied.
-- torch.func.grad(loss)(phi, x, y) is itself a function of phi, so it can be differentiated again. MAML is nothing else:
-  see meta_grad below, the definition. It is exact, and it keeps every graph of the episode in memory.
-- `Gradient` therefore gives the gradient a backward of its own. Where loss and g leave with cotangents dloss and dg,
-  phi receives dloss * g (known already) + H dg, the derivative of the gradient in the direction dg: a Hessian-vector
-  product, computed afresh from phi when it is asked for. Memory then holds one step's activations, whatever K is
-  (forward over reverse, as in MixFlow-MG: Kemaev et al. 2025, arXiv 2505.00793).
+For K = 1 and SGD this is all of it, exact, in torch's own words:
 
-What it costs, in forwards F of one chunk (a gradient is 3 F, a Hessian-vector product with its own gradient 9 F):
+    def loss(phi, x, y): return functional_call(model, phi, (x, y))[1]
+    def outer(theta):
+        g = grad(loss)(theta, x0, y0)
+        phi = {name: theta[name] - inner_lr * g[name] for name in theta}
+        return loss(phi, x1, y1)
+    meta_gradient = grad(outer)(theta)
+
+- functional_call(model, phi, (x, y)) runs the model with phi in the place of its parameters; tied weights stay tied.
+- grad(loss) is a new function: it takes what loss takes and returns d loss / d its first argument, here a dict of
+  gradients by name, and writes nothing to .grad; grad_and_value returns (gradients, value). Being a function of phi, it
+  can be differentiated again. optimizer.step() could not be: it overwrites theta in place under no_grad, and autograd
+  would not see that phi came from theta. Here every phi_k is a new tensor.
+- What is wrong with it is memory: it keeps the graphs of the whole episode. `Gradient` therefore has a backward of its
+  own. There autograd hands in dloss = d outer / d L_k and dg = d outer / d g_k, and phi_k is due dloss * g_k + H dg, H
+  being the Hessian of L_k at phi_k. g_k is known already, and the product H dg is computed afresh from phi_k, so that
+  only one step's activations are alive, whatever K is (compiled: forward over reverse, as in MixFlow-MG, Kemaev et al.
+  2025, arXiv 2505.00793; eager: reverse over reverse).
+
+What it costs, in forwards F of one chunk (a gradient is 3 F: forward, and a backward of 2 F; differentiating that again
+costs as much twice over, so that H dg, computed with its own gradient, is 9 F):
 
     plain training       3 (K + 1)
     first_order=True     3 (K + 1)    H dg taken as zero (FOMAML: Finn et al. 5.2, Nichol et al. 2018, arXiv 1803.02999)
-    second order        12 K + 3      and one more copy of the parameters per inner step, but no more activations
+    second order        12 K + 3      K (3 + 9) + 3, and the activations of one Hessian product
+
+Both keep a copy of the parameters per inner step (with learned rates two, with AdamW six).
 """
 
 import math
@@ -49,10 +61,10 @@ Tensors = dict[str, torch.Tensor]  # by parameter name, as in dict(model.named_p
 class MAML(nn.Module):
     """forward maps one task, x and y of (B, ...) with B a multiple of inner_steps + 1, to its outer loss.
 
-    learn_inner_lr: inner_lr is where log_inner_lr[k, i] starts, the learned rate of inner step k for parameter tensor i
-    (Li et al. 2017, Meta-SGD, arXiv 1707.09835; per step as in Antoniou et al. 2019). inner_clip bounds the norm of a
-    whole inner gradient, 0 does not; `clipped` counts. autocast is the dtype of the products inside the loss.
-    AdamW inside starts afresh with every task, unless second_moment is set to a v for each of names (an outer AdamW's).
+    learn_inner_lr: exp(log_inner_lr[k, i]) is the rate of inner step k for parameter tensor i, at first inner_lr (Li et
+    al. 2017, Meta-SGD, arXiv 1707.09835; per step as in Antoniou et al. 2019). inner_clip bounds the norm of each inner
+    gradient (0: no bound); `clipped` counts how often it did. autocast is the dtype of the products inside the loss.
+    AdamW inside starts afresh with every task, unless second_moment is a list of bias-corrected v, one for each name.
     The first step of a fresh AdamW is sign(g), whose derivative is zero: with K = 1 second order then *is* first order.
     """
 
@@ -112,16 +124,16 @@ class MAML(nn.Module):
         """The inner loop, the only one. For each chunk: its loss before it is learned, and the parameters after."""
         gradient = self.unrolled_gradient if unrolled else partial(Gradient.apply, self)
         phi, nothing = self.theta(), [0.0] * len(self.names)
-        # AdamW's m and v and the number of gradients in them; a lent v has been averaged over many
+        # AdamW's m, v and the number of gradients in each; a lent v is corrected already, and beta2**inf = 0
         state = (nothing, nothing, 0, 0) if self.second_moment is None else (nothing, self.second_moment, 0, math.inf)
         for k, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            loss, *g = gradient(x, y, *phi.values())
+            loss, *g = gradient(x, y, *phi.values())  # L_k(phi_k) and g_k
             if self.inner_clip:
                 square = torch.stack([t.square().sum() for t in g]).sum()
                 self.clipped = self.clipped + (square.detach() > self.inner_clip**2)
                 g = [t * (self.inner_clip / square.clamp(min=self.inner_clip**2).sqrt()) for t in g]
             stepped, state = self.update(phi.values(), g, self.rates(k), self.inner_weight_decay, state)
-            phi = dict(zip(self.names, stepped, strict=True))
+            phi = dict(zip(self.names, stepped, strict=True))  # phi_k+1
             yield loss, phi
 
     def theta(self) -> Tensors:
@@ -153,23 +165,23 @@ class MAML(nn.Module):
             if torch.compiler.is_compiling():
                 return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))
             with torch.enable_grad():
-                phi = {n: t.requires_grad_() for n, t in phi.items()}
+                phi = {n: t.detach().requires_grad_() for n, t in phi.items()}
                 g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
-                curved = {
-                    n: t for n, t in zip(phi, g, strict=True) if t.requires_grad
-                }  # others are the same at any phi
+                # a g that needs no grad does not depend on phi: its rows of H are zero
+                curved = {n: t for n, t in zip(phi, g, strict=True) if t.requires_grad}
                 v = [v[n] for n in curved]
                 hv = torch.autograd.grad(list(curved.values()), phi.values(), v, materialize_grads=True)
             return dict(zip(phi, g, strict=True)), dict(zip(phi, hv, strict=True))
 
     def unrolled_gradient(self, x, y, *phi):
+        """Gradient's forward, for torch.func to differentiate (MATH: fused attention has no second derivative)."""
         with sdpa_kernel(SDPBackend.MATH):
             g, loss = grad_and_value(self.loss)(dict(zip(self.names, phi, strict=True)), x, y)
         return loss, *(t.detach() if self.first_order else t for t in g.values())
 
 
 class Gradient(torch.autograd.Function):
-    """(learner, x, y, *phi) -> (loss, *g), with the backward dloss * g + H dg that the lesson derives."""
+    """(learner, x, y, *phi) -> (loss, *g), with the lesson's backward, dloss * g + H dg."""
 
     @staticmethod
     def forward(ctx, learner, x, y, *phi):
@@ -191,7 +203,8 @@ class Gradient(torch.autograd.Function):
 
 class CausalInBlocks(TorchFunctionMode):
     """Causal attention that can be differentiated twice, as no fused kernel can: four blocks of queries, each against
-    the keys up to it alone, in plain operations. It saves MATH's square of masked scores three blocks in eight."""
+    the keys up to it alone, in plain operations. That is 10 of the 16 blocks of scores that MATH computes and masks;
+    to MATH goes any other call of attention."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -221,18 +234,18 @@ def meta_grad(learner: MAML, x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors,
 
 
 def sgd(phi, g, lr, weight_decay, state):
-    return [p * (1 - a * weight_decay) - a * t for p, t, a in zip(phi, g, lr, strict=True)], state
+    return [p * (1 - a * weight_decay) - a * g_i for p, g_i, a in zip(phi, g, lr, strict=True)], state
 
 
 def adamw(phi, g, lr, weight_decay, state):
     """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2); eps_root keeps the derivative finite at g = 0."""
     beta1, beta2, eps, eps_root = 0.9, 0.95, 1e-8, 1e-16
-    m, v, t, t_v = *state[:2], state[2] + 1, state[3] + 1
-    m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g, strict=True)]
-    v = [beta2 * a + (1 - beta2) * b * b for a, b in zip(v, g, strict=True)]
-    c, c_v = 1 - beta1**t, 1 - beta2**t_v
-    steps = [(a / c) / ((b / c_v + eps_root).sqrt() + eps) for a, b in zip(m, v, strict=True)]
-    return sgd(phi, steps, lr, weight_decay, None)[0], (m, v, t, t_v)
+    m, v, n_m, n_v = *state[:2], state[2] + 1, state[3] + 1
+    m = [beta1 * m_i + (1 - beta1) * g_i for m_i, g_i in zip(m, g, strict=True)]
+    v = [beta2 * v_i + (1 - beta2) * g_i * g_i for v_i, g_i in zip(v, g, strict=True)]
+    c_m, c_v = 1 - beta1**n_m, 1 - beta2**n_v
+    steps = [(m_i / c_m) / ((v_i / c_v + eps_root).sqrt() + eps) for m_i, v_i in zip(m, v, strict=True)]
+    return sgd(phi, steps, lr, weight_decay, None)[0], (m, v, n_m, n_v)
 
 
 def chunks(x, n):

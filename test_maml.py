@@ -396,7 +396,7 @@ def test_the_ten_lines_of_the_readme_run_as_they_stand():
     names = {}
     ten_lines, recipe = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     exec(ten_lines, names)
-    assert distance({n: p.grad for n, p in names["learner"].named_parameters()}, names["grads"]) < 1e-4
+    assert distance({n: p.grad for n, p in names["model"].named_parameters()}, names["meta_gradient"]) < 1e-4
     exec(recipe, names)  # a model that is no GPT
     assert all(p.grad.any() for p in names["learner"].parameters())
 
@@ -518,7 +518,7 @@ MISTAKES = [
     ("objective", "evry", "choose 'final' or 'every'"),
     ("dtype", "float16", "choose 'float32' or 'bfloat16'"),
     ("batch_size", 5, "batch_size=5 must be a multiple of inner_steps + 1 = 2"),
-    ("dataset", "nowhere", "run python prepare_data.py nowhere"),
+    ("dataset", "nowhere", "run python prepare_data.py PATH --name nowhere"),
     ("block_size", 100_000, "lower block_size"),
     ("n_head", 3, "must be a multiple of n_head"),
     ("init_from", "elsewhere.pt", "no checkpoint at elsewhere.pt"),

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from maml import MAML
 from model import GPT, GPTConfig
-from prepare_data import open_shard, read_meta
+from prepare_data import ROLES, open_shard, read_meta
 
 PROGRESS = ("step", "seconds", "best", "clipped")  # the fields of Run that a checkpoint carries
 
@@ -116,6 +116,8 @@ class Config:
                 raise ValueError(f"{f.name}={value} must be at least {least}, and finite in float32")
         if not self.learning_rate:
             raise ValueError("learning_rate=0.0 must be positive: to learn nothing, set max_steps=0")
+        if self.inner_warm_start and self.inner_optimizer != "adamw":
+            raise ValueError("inner_warm_start=True lends a second moment: set inner_optimizer='adamw' as well")
         if self.batch_size % (n := self.inner_steps + 1):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}: change either")
 
@@ -176,7 +178,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: int = 0  # outer updates made
     seconds: float = 0.0  # spent on them, evaluation apart
-    best: float = math.inf  # the lowest mean held-out loss
+    best: float = math.inf  # the lowest mean loss on the tune domains
     clipped: int = 0  # inner gradients clipped since the last training row, on all ranks
 
 
@@ -295,9 +297,7 @@ def rng(*key: int | str) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
 
 
-@lru_cache(maxsize=512)  # a memory map holds a file handle: thousands of shards must not exhaust them
-def shard(path: Path) -> np.ndarray:
-    return open_shard(path)
+shard = lru_cache(512)(open_shard)  # a memory map holds a file handle: thousands of shards must not exhaust them
 
 
 class Dataset:
@@ -306,7 +306,8 @@ class Dataset:
     def __init__(self, cfg: Config):
         self.root, self.T = Path(cfg.data_dir) / cfg.dataset, cfg.block_size
         if not (self.root / "meta.json").is_file():
-            raise FileNotFoundError(f"no data at {self.root}: run python prepare_data.py {cfg.dataset}")
+            given = cfg.dataset if cfg.dataset in ROLES else f"PATH --name {cfg.dataset}"
+            raise FileNotFoundError(f"no data at {self.root}: run python prepare_data.py {given}")
         self.meta = read_meta(self.root / "meta.json")
         self.sha256 = hashlib.sha256((self.root / "meta.json").read_bytes()).hexdigest()
         self.domains = {d: info["role"] for d, info in self.meta["domains"].items()}
@@ -352,11 +353,11 @@ class Dataset:
 
     def task(self, step: int, task: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
         """x, y (B, T) of one training task: rows of one domain, or with shuffle_domains of all of them."""
-        cfg = self.cfg
-        B, per_task = cfg.batch_size, cfg.batch_size if cfg.shuffle_domains else 1
-        mine = self.step_domains(step, cfg.tasks_per_step * per_task)[task * per_task : (task + 1) * per_task]
-        draw = rng(cfg.seed, "train", step, task)
-        rows = [self.windows(d, "train", B * mine.count(d) // per_task, draw) for d in sorted(set(mine))]
+        B, shuffle = self.cfg.batch_size, self.cfg.shuffle_domains
+        draws = B if shuffle else 1  # of domains: one for every row of a task, or for the task
+        domains = self.step_domains(step, self.cfg.tasks_per_step * draws)[task * draws : (task + 1) * draws]
+        draw = rng(self.cfg.seed, "train", step, task)
+        rows = [self.windows(d, "train", B * domains.count(d) // draws, draw) for d in sorted(set(domains))]
         return batch(np.concatenate(rows)[draw.permutation(B)], device)
 
     def step_domains(self, step: int, n: int) -> list[str]:
@@ -404,18 +405,19 @@ def start(cfg: Config) -> Run:
     path = Path(cfg.init_from)
     if resume := cfg.init_from == "resume":  # ckpt_prev.pt is alone where a kill fell between two renames
         path = next((p for n in ("ckpt.pt", "ckpt_prev.pt") if (p := Path(cfg.out_dir, n)).exists()), None)
-    ckpt = load_checkpoint(path) if path and cfg.init_from != "scratch" else None
     args = dict(vocab_size=-(-data.meta["vocab_size"] // 64) * 64)  # matrix units like multiples of 64
     args |= {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig) if f.name in FIELDS}
-    if ckpt:
+    if path and cfg.init_from != "scratch":
+        ckpt, model = load_checkpoint(path, dropout=cfg.dropout)
         check_checkpoint(ckpt, args, data, cfg)
-        args = ckpt["model_args"] | {"dropout": cfg.dropout}
-    model = GPT(GPTConfig(**args))
+    else:
+        ckpt, model = None, GPT(GPTConfig(**args))
+    # Config's fields have the names of MAML's arguments
     options = {name: getattr(cfg, name) for name in inspect.signature(MAML).parameters if name in FIELDS}
     learner = MAML(model, autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None, **options).to(device)
     groups = [group | {"peak_lr": cfg.learning_rate} for group in model.parameter_groups(cfg.weight_decay)]
     if cfg.lr_scale_from:
-        groups = scaled_groups(groups, load_checkpoint(Path(cfg.lr_scale_from)), model)
+        groups = scaled_groups(groups, load_checkpoint(Path(cfg.lr_scale_from))[0], model)
     if learner.log_inner_lr is not None:
         groups.append({"params": [learner.log_inner_lr], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
     if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
@@ -424,8 +426,6 @@ def start(cfg: Config) -> Run:
     else:
         optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
     run = Run(cfg, rank, world_size, device, data, learner, optimizer)
-    if ckpt:
-        model.load_state_dict(ckpt["model"])
     if resume and ckpt:
         learner.load_state_dict(ckpt["learner"], strict=False)
         optimizer.load_state_dict(ckpt["optimizer"])
@@ -459,18 +459,18 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r} is not to be had here ({error}): leave it at 'auto'") from None
 
 
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of ours or of nanoGPT's: tensors and plain values only, so that no code in it can run."""
+def load_checkpoint(path: Path, **changes) -> tuple[dict, GPT]:
+    """A checkpoint of ours or of nanoGPT's, and its model: tensors and plain values only, so no code in it can run."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train first, or give the path of a ckpt.pt")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        weights = {k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items()}
-        GPT(GPTConfig(**ckpt["model_args"])).load_state_dict(weights)
+        model = GPT(GPTConfig(**ckpt["model_args"] | changes))
+        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items()})
     except Exception as error:
         what = f"{path} is cut short, or no checkpoint of a GPT ({type(error).__name__}: {str(error)[:200]})"
         raise ValueError(f"{what}: use another one, such as ckpt_prev.pt beside it") from error
-    return ckpt | {"model": weights}
+    return ckpt, model
 
 
 def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
@@ -492,10 +492,10 @@ def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
 
 
 def save_checkpoint(run: Run, losses: dict | None = None):
-    """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, the best by held-out loss as best.pt."""
+    """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, the best on the tune domains as best.pt."""
     cfg, out, model = run.cfg, Path(run.cfg.out_dir), run.learner.model
-    heldout = [losses["loss"][d] for d, role in run.data.domains.items() if losses and role == "heldout"]
-    mean = np.mean(heldout).item() if heldout else math.inf
+    tune = [losses["loss"][d] for d, role in run.data.domains.items() if losses and role == "tune"]
+    mean = np.mean(tune).item() if tune else math.inf
     keep = cfg.keep_interval and losses and 0 < run.step < cfg.max_steps and run.step % cfg.keep_interval == 0
     names = ["best.pt"] * (mean < run.best) + [f"step_{run.step:06d}.pt"] * bool(keep) + ["ckpt.pt"]
     run.best = min(mean, run.best)
