@@ -45,7 +45,7 @@ from maml import MAML
 from model import GPT, GPTConfig
 from prepare_data import ROLES, open_shard, read_meta
 
-PROGRESS = ("step", "seconds", "best", "clipped")  # the fields of Run that a checkpoint carries
+PROGRESS = ("step", "seconds", "best")  # the fields of Run that a checkpoint carries
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration: defaults here, a Python file of assignments over them, --key=value over both
@@ -179,7 +179,6 @@ class Run:
     step: int = 0  # outer updates made
     seconds: float = 0.0  # spent on them, evaluation apart
     best: float = math.inf  # the lowest mean loss on the tune domains
-    clipped: int = 0  # inner gradients clipped since the last training row, on all ranks
 
 
 def train(run: Run):
@@ -211,15 +210,14 @@ def train(run: Run):
         if run.step == cfg.max_steps or stopping:
             break
         began = time.perf_counter()
-        loss, grad_norm, stopping = outer_step(run, ddp, bool(stop_signals))
+        row, stopping = outer_step(run, ddp, bool(stop_signals))
         run.seconds += (took := time.perf_counter() - began)
         run.step += 1
         flops = progress(cfg, model, run.step, 0)["flops"] - now["flops"]
         if run.rank == 0 and now["step"] % cfg.log_interval == 0:
-            row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
-            append_row(cfg.out_dir, {"kind": "train", **now, **row, "clipped": run.clipped})
-            run.clipped = 0
-        bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_step(cfg) / took:,.0f} tokens/s{mfu(run, flops / took)}")
+            append_row(cfg.out_dir, {"kind": "train", **now, **row})
+        speed = f"{tokens_per_step(cfg) / took:,.0f} tokens/s{mfu(run, flops / took)}"
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
         bar.update()
     bar.close()
     if stopping and run.rank == 0:
@@ -227,8 +225,8 @@ def train(run: Run):
         print(f"stopped after step {run.step}: the same command with --init_from=resume goes on")
 
 
-def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
-    """One outer update from tasks_per_step tasks: their mean loss, the gradient's norm, whether a rank must stop."""
+def outer_step(run: Run, ddp, stop: bool) -> tuple[dict, bool]:
+    """One outer update from tasks_per_step tasks: what the log says of it, and whether any rank was told to stop."""
     cfg, n, learner = run.cfg, run.cfg.tasks_per_step, run.learner
     learner.train()
     learner.first_order = cfg.first_order or run.step < cfg.first_order_steps
@@ -253,10 +251,10 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[float, float, bool]:
     loss = report[:n].mean().item()
     if not math.isfinite(loss + grad_norm):
         raise SystemExit(not_finite(run, f"loss {loss}, gradient norm {grad_norm}: stopped before the update"))
-    run.clipped += int(report[n + 1])
     run.optimizer.step()
     run.optimizer.zero_grad()
-    return loss, grad_norm, bool(report[n] > 0)
+    row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+    return row | {"clipped": int(report[n + 1])}, bool(report[n] > 0)
 
 
 def not_finite(run: Run, what: str) -> str:
@@ -429,7 +427,7 @@ def start(cfg: Config) -> Run:
     if resume and ckpt:
         learner.load_state_dict(ckpt["learner"], strict=False)
         optimizer.load_state_dict(ckpt["optimizer"])
-        run.step, run.seconds, run.best, run.clipped = (ckpt[key] for key in PROGRESS)
+        run.step, run.seconds, run.best = (ckpt[key] for key in PROGRESS)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
