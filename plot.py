@@ -164,9 +164,9 @@ def sweep(methods, unit):
     shown += [("two by two", "held-out, before"), ("two by two", "held-out, after")]
     for label, seeds in methods.items():
         runs, config = [*seeds.values()], next(iter(seeds.values()))["head"]["config"]
-        changed = [key for key in base | config if config.get(key) != base.get(key)]
-        changed = [key for key in changed if not re.fullmatch("seed|out_dir|log_interval|eval_.*", key)]
-        changes = " ".join(f"{key}={config.get(key, '-')}" for key in changed) or "-"
+        changed = [key for key in base if config.get(key, base[key]) != base[key]]  # older logs have fewer fields
+        changed = [key for key in changed if not re.fullmatch("seed|out_dir|(log|keep)_interval|eval_.*", key)]
+        changes = " ".join(f"{key}={config[key]}" for key in changed) or "-"
         tokens, losses = f"{curve(runs, 'train')[0, -1, 0]:,.0f}", [measures(runs, runs)[m] for m in shown]
         row = label, changes, ", ".join(map(str, sorted(seeds))), tokens, *map(cell, losses)
         rows.append((math.isnan(losses[1]), np.nansum(losses[:2]), row))
