@@ -1,6 +1,6 @@
 # torchrun --nproc_per_node=8 train.py config/baseline_124m.py
 # GPT-2 124M as people pretrain it: every batch mixes all domains, half a million tokens a step, 10 billion in all.
-# The same tokens as config/maml_124m.py; train both, adapt both, plot both.
+# The same tokens as config/maml_124m.py; train both, adapt both, plot both. Not yet run, on GPUs or in full.
 
 out_dir = "out/baseline_124m"
 dataset = "common_pile"
