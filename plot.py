@@ -69,7 +69,7 @@ def read_log(path):
 def to_run(rows, bits):
     """Mean losses before ('train', 'heldout') and after adaptation ('adapted'), {step: [tokens, flops, seconds, loss]};
     if the last checkpoint was adapted, its 'tune' loss after that, and its 'ladder': (rates, draws, held-out domains,
-    support sizes), chosen rate first. Newer rows replace older ones: a run is resumed, or adapted again."""
+    support sizes) of 'rates', the chosen first. Newer rows replace older ones: a run is resumed, or adapted again."""
     roles, size = rows[0]["dataset"]["roles"], rows[0]["dataset"]["bytes_per_token"]
     unit = {d: 1 / math.log(2) / size.get(d, math.nan) if bits else 1.0 for d in sorted(roles)}
     train, tune, heldout = ([d for d in unit if roles[d] == role] for role in ("train", "tune", "heldout"))
@@ -92,7 +92,7 @@ def to_run(rows, bits):
         run["adapted"][step] = [*(float(now[-1][axis]) for axis in AXES), ladder[0, ..., -1].mean()]
         if step >= max(run["heldout"]):
             tuned = [path[-1] for (lr, _, d), path in loss.items() if lr == chosen and d in tune]
-            run |= {"ladder": ladder, "tune": np.mean(tuned or math.nan)}
+            run |= {"ladder": ladder, "rates": rates, "tune": np.mean(tuned or math.nan)}
     return run
 
 
@@ -124,6 +124,9 @@ def measures(runs, baseline):
     ends = [run["ladder"][..., -1] for run in runs]  # (rates, draws, domains) each, the chosen rate first
     support, *_, path = curve(runs, "learning").mean(0).T  # (support sizes,)
     fast = {"before": speed_up(runs, baseline), "after": speed_up(runs, baseline, "adapted")}
+    tried = sorted(set.intersection(*(set(run.get("rates", ())) for run in baseline)))
+    pairs = [(run.get("rates", []), end) for run, end in zip(runs, ends, strict=True)]
+    at = {lr: [end[rates.index(lr)].mean() for rates, end in pairs if lr in rates] for lr in tried}
     return {
         ("trained", "train domains"): train.mean(),
         ("trained", "tune domains, after"): np.mean([run["tune"] for run in runs]),
@@ -132,6 +135,7 @@ def measures(runs, baseline):
         **{("fewer examples", f"after {n:,.0f} tokens"): loss for n, loss in zip(support, path, strict=True)},
         ("fewer examples", "mean on the way (area under the curve)"): np.trapezoid(path, support) / max(support[-1], 1),
         ("more robustly", "worst held-out domain, after"): np.mean([end[0].mean(0).max() for end in ends]),
+        **{("more robustly", f"after, at a rate of {lr:g}"): np.mean(losses or math.nan) for lr, losses in at.items()},
         ("more robustly", "worst less best rate, after"): np.mean([np.ptp(end.mean((1, 2))) for end in ends]),
         ("more reliably", "deviation over seeds, before"): deviation(heldout),
         ("more reliably", "deviation over seeds, after"): deviation(after),

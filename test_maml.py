@@ -879,6 +879,7 @@ def test_newer_adapt_rows_take_the_place_of_older_ones(scoreboard, tmp_path):
     board = scoreboard(write_log(tmp_path / "run", [(9, 3.0)], old + new))
     assert board["after 8 tokens"] == ["1.000"]  # at the rate chosen last
     assert board["worst less best rate, after"] == ["1.000"]
+    assert (board["after, at a rate of 0.1"], board["after, at a rate of 0.2"]) == (["2.000"], ["1.000"])
 
 
 def test_a_cut_last_line_is_left_out_and_logs_beyond_repair_are_refused_with_a_remedy(scoreboard, tmp_path):
