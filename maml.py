@@ -189,13 +189,16 @@ class Gradient(torch.autograd.Function):
         g, loss = learner.gradient(dict(zip(learner.names, phi, strict=True)), x, y)
         ctx.learner, ctx.first_order, ctx.batch = learner, learner.first_order, (x, y)
         ctx.save_for_backward(*(g.values() if ctx.first_order else phi))  # the Hessian's product brings g along
+        if ctx.first_order:  # nobody need compute dg, nor fill it with zeros
+            ctx.mark_non_differentiable(*g.values())
+            ctx.set_materialize_grads(False)
         return loss, *g.values()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *dg):
         if ctx.first_order:
-            return None, None, None, *(dloss * g for g in ctx.saved_tensors)
+            return None, None, None, *(0.0 * g if dloss is None else dloss * g for g in ctx.saved_tensors)
         phi, v = (dict(zip(ctx.learner.names, ts, strict=True)) for ts in (ctx.saved_tensors, dg))
         g, hv = ctx.learner.hessian_product(phi, v, *ctx.batch)
         return None, None, None, *(dloss * g[n] + hv[n] for n in phi)
@@ -234,7 +237,9 @@ def meta_grad(learner: MAML, x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors,
 
 
 def sgd(phi, g, lr, weight_decay, state):
-    return [p * (1 - a * weight_decay) - a * g_i for p, g_i, a in zip(phi, g, lr, strict=True)], state
+    if weight_decay:  # decoupled: it does not pass through AdamW's second moment
+        phi = [p * (1 - a * weight_decay) for p, a in zip(phi, lr, strict=True)]
+    return [p + -a * g_i for p, g_i, a in zip(phi, g, lr, strict=True)], state
 
 
 def adamw(phi, g, lr, weight_decay, state):

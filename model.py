@@ -146,8 +146,11 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         # Which kernel runs is the caller's choice (torch.nn.attention.sdpa_kernel): the fused ones are the fastest but
         # have no second derivative, so maml.py puts plain operations in their place where it differentiates twice.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        with torch.autocast("cpu", enabled=False):
+            if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # a backward up to four times as slow (torch 2.13)
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C).type_as(x)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 

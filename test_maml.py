@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapt
@@ -349,6 +350,21 @@ def test_attention_is_fused_except_where_it_is_differentiated_twice():
         loss.backward()
     fused = [sum(event.name == kernel for event in p.events()) for p in (forward, backward)]
     assert fused == [2 * 2, 0]  # two layers, two chunks; in the backward none is computed again by a fused kernel
+
+
+def test_attention_on_a_cpu_computes_in_float32_where_the_rest_computes_in_bfloat16():
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    for model, compute in ((tiny_gpt().float(), torch.bfloat16), (tiny_gpt().bfloat16(), None)):
+        with Watch():
+            MAML(model, 1, autocast=compute)(*task())
+    assert seen == [torch.float32] * 8  # two models, two chunks, two layers
 
 
 def test_bfloat16_agrees_with_float32_and_leaves_parameters_and_updates_in_float32():
