@@ -103,7 +103,7 @@ def curve(runs, name):
     return np.array([[run[name][step] for step in steps] for run in runs]).reshape(len(runs), -1, 4)
 
 
-def speed_up(runs, baseline, name="heldout"):
+def speed_up(runs, baseline, name):
     """In tokens, FLOPs and seconds: the baseline's way to its final loss over the runs' way to that same loss."""
     ways, curves = [], [curve(baseline, name).mean(0), curve(runs, name).mean(0)]
     if min(map(len, curves)) < 2:  # one checkpoint is no curve
@@ -123,7 +123,8 @@ def measures(runs, baseline):
     train, heldout, after = (curve(runs, name)[:, -1, 3] for name in ("train", "heldout", "learning"))  # (seeds,)
     ends = [run["ladder"][..., -1] for run in runs]  # (rates, draws, domains) each, the chosen rate first
     support, *_, path = curve(runs, "learning").mean(0).T  # (support sizes,)
-    fast = {"before": speed_up(runs, baseline), "after": speed_up(runs, baseline, "adapted")}
+    curves = {"train domains": "train", "before": "heldout", "after": "adapted"}
+    fast = {when: speed_up(runs, baseline, name) for when, name in curves.items()}
     tried = sorted(set.intersection(*(set(run.get("rates", ())) for run in baseline)))
     pairs = [(run.get("rates", []), end) for run, end in zip(runs, ends, strict=True)]
     at = {lr: [end[rates.index(lr)].mean() for rates, end in pairs if lr in rates] for lr in tried}

@@ -835,8 +835,8 @@ def test_the_speed_up_of_a_curve_that_falls_twice_as_fast_is_two(scoreboard, tmp
     fast = write_log(tmp_path / "fast", [(0, 5.0), (100, 1.0)], inner_steps=1)  # at 3.0 between evaluations, at 50
     slow = write_log(tmp_path / "slow", [(0, 5.0), (100, 3.1)], inner_steps=2)  # never there
     board = scoreboard(base, fast, slow)
-    for unit in ("tokens", "flops", "seconds"):
-        assert board[f"speed-up in {unit}, before"] == ["1.000", "2.000 (+1)", "-"]
+    for unit, when in itertools.product(("tokens", "flops", "seconds"), ("train domains", "before")):
+        assert board[f"speed-up in {unit}, {when}"] == ["1.000", "2.000 (+1)", "-"]
 
 
 def test_runs_that_differ_only_in_seed_fold_into_one_method_and_differences_are_paired_by_seed(scoreboard, tmp_path):
