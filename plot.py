@@ -205,7 +205,7 @@ def picture(methods, unit):
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
             if len(curve(first, name)[0]) > 1:
                 ax.axhline(*end, color="gray", lw=0.8)  # what the speed-ups are to
-                ax.legend(title="speed-up", loc="upper right", frameon=False)
+                ax.legend(title="speed-up", loc="best", frameon=False)
         else:
             ax.set_xscale("symlog", base=2, linthresh=[*x, 1][1])
             ax.set_xticks(x, [f"{n:,.0f}" for n in x])
