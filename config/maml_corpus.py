@@ -1,6 +1,7 @@
 # python train.py config/maml_corpus.py
-# The model, tokens and rows a step of config/baseline_corpus.py, meta-learned: a task's 20 rows are learned one by one,
-# with learned rates, first order, on mixed domains. Ends at 1.93 on train, 2.30 on held-out domains; seven minutes.
+# The model and tokens of config/baseline_corpus.py, meta-learned: a task's 20 rows are learned one by one, with learned
+# rates, first order, on mixed domains. Ends at 1.52 on train, 2.17 on held-out domains. At the common batch:
+# --tasks_per_step=2 --max_steps=1953 --warmup_steps=117 --eval_interval=196.
 
 out_dir = "out/maml_corpus"
 dataset = "corpus"
@@ -10,8 +11,8 @@ n_head = 4
 n_embd = 128
 
 batch_size = 20
-tasks_per_step = 2
-max_steps = 586
+tasks_per_step = 1
+max_steps = 3906
 shuffle_domains = True
 
 inner_steps = 19
@@ -20,6 +21,7 @@ first_order = True
 
 learning_rate = 4e-3
 min_lr = 4e-4
-warmup_steps = 35
-eval_interval = 98
+warmup_steps = 234
+eval_interval = 391
+keep_interval = 3_128  # at four fifths: what adaptation brings there dates its speed-up
 eval_steps = 4
