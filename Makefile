@@ -31,7 +31,7 @@ compare: .venv/installed data/$(DATASET)/meta.json
 compare_baseline compare_maml: export OMP_NUM_THREADS = 1
 compare_baseline compare_maml:
 	@{ $(BIN)/python train.py config/$(@:compare_%=%)_corpus.py --dataset=$(DATASET) --out_dir=out/$@ $(FLAGS) && \
-	  $(BIN)/python adapt.py out/$@ --draws 2; } > out/$@.txt 2>&1 || { tail -n 3 out/$@.txt; exit 1; }
+	  $(BIN)/python adapt.py out/$@ --draws 2 --lr 3e-4 6e-4 1.2e-3 2.4e-3; } > out/$@.txt 2>&1 || { tail -n 3 out/$@.txt; exit 1; }
 
 test: .venv/installed
 	$(BIN)/ruff check .

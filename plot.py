@@ -104,8 +104,8 @@ def curve(runs, name):
 
 
 def speed_up(runs, baseline, name):
-    """In tokens, FLOPs and seconds: the baseline's way to its final loss over the runs' way to that same loss. Runs that
-    are below it at their first point, of which there are few after adaptation, are at least so much faster."""
+    """In tokens, FLOPs and seconds: the baseline's way to its final loss over the runs' way to that same loss. Runs
+    that are below it at their first point, of which there are few after adaptation, are at least so much faster."""
     ways, curves = [], [curve(baseline, name).mean(0), curve(runs, name).mean(0)]
     if min(map(len, curves)) < 2:  # one checkpoint is no curve
         return np.full(3, math.nan)
