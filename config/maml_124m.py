@@ -10,6 +10,7 @@ block_size = 1024
 n_layer = 12
 n_head = 12
 n_embd = 768
+
 batch_size = 16
 tasks_per_step = 32
 max_steps = 19_073

@@ -18,6 +18,7 @@ shuffle_domains = True
 inner_steps = 1
 learn_inner_lr = True
 first_order = True
+
 learning_rate = 4e-3
 min_lr = 4e-4
 warmup_steps = 130
