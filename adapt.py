@@ -86,6 +86,9 @@ def adapt_to_text(args, model: GPT, ckpt: dict, device):
     """Learn the first nine tenths of a text, row by row; show the loss on the rest and a sample, before and after."""
     tokenizer = get_tokenizer(ckpt.get("dataset", {}).get("tokenizer", "gpt2"))  # nanoGPT's checkpoints do not say
     ids = np.array(tokenizer.encode_ordinary(Path(args.text).read_text(encoding="utf-8")))
+    if ids.max(initial=0) >= model.config.vocab_size:
+        size = f"{args.run} knows {model.config.vocab_size} ids"
+        raise ValueError(f"{size}, fewer than {tokenizer.name} has: adapt a checkpoint that was trained on its tokens")
     T = min(model.config.block_size, len(ids) // 20)  # a short text is cut into short rows
     if T < 4:
         raise ValueError(f"{args.text} has only {len(ids)} tokens: give at least 80")

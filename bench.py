@@ -161,7 +161,8 @@ def main():
     args = parser.parse_args()
     rows = (bench_data if args.what == "data" else bench_learner)(args)
     cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "torch": torch.__version__}
+    card = pick_device(args.device).type == "cuda"
+    about = {"device": torch.cuda.get_device_name() if card else cpu, "torch": torch.__version__}
     about |= {name: getattr(args, name) for name in ("dtype", *shape)}
     columns = [*dict.fromkeys(key for row in rows for key in row)]
     print(*(f"{key}={value}" for key, value in about.items()))

@@ -97,8 +97,6 @@ class GPT(nn.Module):
         """AdamW's two groups: matrices and embeddings decay; biases and gains, whose zero means nothing, do not."""
         decayed = [p for p in self.parameters() if p.dim() >= 2]
         free = [p for p in self.parameters() if p.dim() < 2]
-        covered = [id(p) for p in decayed + free]
-        assert len(covered) == len(set(covered)) and set(covered) == {id(p) for p in self.parameters()}
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
     def flops_per_token(self, T: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """The picture and the scoreboard: what was gained over the baseline, told from the logs alone.
 
     python plot.py out/baseline_demo out/maml_demo  # writes out/curves.png, prints the scoreboard
-    python plot.py results/baseline_s* results/*.jsonl --markdown -o curves.png  # the first run named is the baseline
+    python plot.py results/tail/plain.jsonl results/tail/* --markdown -o curves.png  # the baseline is named first
     python plot.py results/sweep/*.jsonl --table  # no picture; a row for each method, the best choice first
 
 Runs whose configs differ only in seed are one method: a line is the mean over its seeds, a band their range.
@@ -115,6 +115,11 @@ def speed_up(runs, baseline, name):
     return np.divide(*ways)
 
 
+def beside(seeds, baseline):
+    """The baseline's runs of the same seeds, against which a method is fast or slow."""
+    return [baseline[seed] for seed in seeds if seed in baseline] or [*baseline.values()]
+
+
 def deviation(values):
     return np.std(values, axis=0, ddof=1) if len(values) > 1 else math.nan
 
@@ -153,7 +158,7 @@ def scoreboard(methods, unit):
     """A method a column. A cell: the value (its difference to the baseline, paired by seed, ± 95% t interval)."""
     first, columns = next(iter(methods.values())), []
     for seeds in methods.values():
-        values, pairs = measures([*seeds.values()], [*first.values()]), []
+        values, pairs = measures([*seeds.values()], beside(seeds, first)), []
         for seed in [seed for seed in seeds if seed in first and seeds is not first]:
             own, base = (measures([run], [first[seed]]) for run in (seeds[seed], first[seed]))
             pairs.append({m: own[m] - base[m] for m in own})
@@ -190,13 +195,13 @@ def cell(value, differences=()):
 # --- picture ----------------------------------------------------------------------------------------------------------
 def picture(methods, unit):
     """Losses before and after adaptation against what training cost, with speed-ups; below, how the last ones adapt."""
-    fig, first = Figure(figsize=(11, 11), layout="constrained", dpi=150), [*next(iter(methods.values())).values()]
+    fig, first = Figure(figsize=(11, 11), layout="constrained", dpi=150), next(iter(methods.values()))
     for panel, ax in fig.subplot_mosaic([*PANELS, ["learning tokens"] * 3]).items():
         name, axis = panel.split()
-        k, end = [*AXES].index(axis), curve(first, name)[:, -1:, 3].mean(0)
+        k, end = [*AXES].index(axis), curve(first.values(), name)[:, -1:, 3].mean(0)
         for i, seeds in enumerate(methods.values()):
             runs, look = [*seeds.values()], {"color": COLORS[i % 6], "ls": LINES[i % 5], "marker": MARKERS[i % 7]}
-            points, ratio = curve(runs, name), speed_up(runs, first, name)[k]
+            points, ratio = curve(runs, name), speed_up(runs, beside(seeds, first), name)[k]
             late = points[:, points.shape[1] // 4 if name in TITLES else 0 :]  # the first quarter presses the rest flat
             x, y = late[..., k].mean(0), late[..., 3]
             ax.plot(x, y.mean(0), markevery=max(1, len(x) // 8), label=f"{ratio:.2f}x" if ratio > 0 else "-", **look)
@@ -204,7 +209,7 @@ def picture(methods, unit):
         if name in TITLES:
             ax.set(title=TITLES[name], xlabel=AXES[axis], xlim=(0, 1.02 * ax.get_xlim()[1]))
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            if len(curve(first, name)[0]) > 1:
+            if len(curve(first.values(), name)[0]) > 1:
                 ax.axhline(*end, color="gray", lw=0.8)  # what the speed-ups are to
                 ax.legend(title="speed-up", loc="best", frameon=False)
         else:

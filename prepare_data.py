@@ -556,9 +556,11 @@ def main(argv=None):
             shutil.rmtree(root)
         # by default none for bytes: to send them to a process costs more than to copy them
         workers = args.workers or (1 if command["tokenizer"] == "bytes" else os.cpu_count())
-        meta, roles = prepare(root, command, stream, shards, workers), ROLES.get(args.source, {}) | given
-        for domain, entry in meta["domains"].items():
-            entry["role"] = next((role for role in ("heldout", "tune") if domain in roles.get(role, ())), "train")
+        meta = prepare(root, command, stream, shards, workers)
+        for domain, entry in meta["domains"].items():  # what was held out once stays so, until it is said otherwise
+            before = ROLES.get(args.source, {}) if "role" not in entry else {entry["role"]: [domain]}
+            roles = given | {role: names for role, names in before.items() if role not in given}
+            entry["role"] = next((role for role, names in roles.items() if domain in names), "train")
         write_json(root / "meta.json", meta)
         (root / "progress.json").unlink(missing_ok=True)
         print_table(meta)

@@ -46,6 +46,8 @@ from model import GPT, GPTConfig
 from prepare_data import ROLES, open_shard, read_meta
 
 PROGRESS = ("step", "seconds", "best")  # the fields of Run that a checkpoint carries
+# the fields of Config that the log counts tokens and FLOPs by, or that shape the optimizer's state: a run keeps them
+KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "first_order_steps", "learn_inner_lr", "nesterov")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # configuration: defaults here, a Python file of assignments over them, --key=value over both
@@ -101,7 +103,7 @@ class Config:
     inner_lr_lr: float = 0.01  # the outer learning rate of those (they are logarithms)
     # watching
     eval_interval: int = 100  # steps between evaluations, each with a checkpoint
-    eval_steps: int = 4  # tasks per domain in an evaluation
+    eval_steps: int = 4  # tasks per domain in an evaluation; runs compare if this times batch_size is the same
     log_interval: int = 10  # steps between training rows in the log
     keep_interval: int = 0  # evaluations at its multiples keep their checkpoint, step_*.pt, for adapt.py; 0 for none
 
@@ -258,7 +260,8 @@ def outer_step(run: Run, ddp, stop: bool) -> tuple[dict, bool]:
 
 
 def not_finite(run: Run, what: str) -> str:
-    remedy = "--init_from=resume and a lower learning_rate or inner_lr, or inner_clip=1.0"
+    rate = "inner_lr_lr" if run.cfg.learn_inner_lr else "inner_lr"
+    remedy = f"--init_from=resume and a lower learning_rate or {rate}, or inner_clip=1.0"
     return f"step {run.step}: {what}. Go on from the last checkpoint in {run.cfg.out_dir}: {remedy}"
 
 
@@ -266,8 +269,9 @@ def not_finite(run: Run, what: str) -> str:
 def evaluate(run: Run) -> dict:
     """Nats per token on val, by domain: theta's ('loss'), and after the learner's own inner steps ('adapted').
 
-    The windows are the same for every run and every step. 'loss' takes all of them; 'adapted' learns from the first
-    inner_steps chunks of each task and is measured on its last. The ranks share the tasks out.
+    The windows are the same at every step, and for all runs of one block_size and one eval_steps * batch_size. 'loss'
+    takes all of them; 'adapted' learns from the first inner_steps chunks of each task and is measured on its last. The
+    ranks share the tasks out.
     """
     learner, K = run.learner.eval(), run.cfg.inner_steps
     tasks = run.data.val
@@ -426,7 +430,8 @@ def start(cfg: Config) -> Run:
     run = Run(cfg, rank, world_size, device, data, learner, optimizer)
     if resume and ckpt:
         learner.load_state_dict(ckpt["learner"], strict=False)
-        optimizer.load_state_dict(ckpt["optimizer"])
+        groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now, not the checkpoint's
+        optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
         run.step, run.seconds, run.best = (ckpt[key] for key in PROGRESS)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -482,9 +487,11 @@ def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
     if missing := {"learner", "optimizer", "dataset", *PROGRESS} - ckpt.keys():
         what = f"the checkpoint in {cfg.out_dir} has weights but no {', '.join(sorted(missing))}"
         raise ValueError(f"{what}: give its path as --init_from and another out_dir")
-    rates = len(ckpt["learner"].get("log_inner_lr", []))
-    old = old | {"dataset": ckpt["dataset"]["sha256"][:9], "inner rates": rates}
-    new = args | {"dataset": data.sha256[:9], "inner rates": cfg.inner_steps * cfg.learn_inner_lr}
+    if ckpt["step"] > cfg.max_steps:
+        raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']} already: set max_steps to that, or to more")
+    was, now = dataclasses.asdict(Config()) | ckpt["config"], dataclasses.asdict(cfg)
+    old = old | {"dataset": ckpt["dataset"]["sha256"][:9]} | {key: was[key] for key in KEPT}
+    new = args | {"dataset": data.sha256[:9]} | {key: now[key] for key in KEPT}
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike, or use another out_dir")
 
@@ -524,6 +531,9 @@ def open_log(run: Run, resumed: bool):
     if path.exists() and resumed:
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a line cut short has no end
         rows = [r for r in rows if r.get("step", -1) < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
+        now, before = header(run), rows[0]
+        if now["config"] != before["config"] | {"init_from": "resume"}:  # it goes on with other settings than it began
+            rows[0] = now | {"before": before}
     elif path.exists():  # nothing is lost: an earlier run steps aside
         n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
         out.rename(f"{out}.{n}")
