@@ -1,4 +1,4 @@
-# make demo: the whole pipeline on this machine, in four minutes on two cores. make test: the tests. Both set themselves up.
+# make demo: the whole pipeline here, in four minutes on two cores. make test: the tests. Both set themselves up first.
 # make compare: the README's comparison for one seed; DATASET=corpus for your own text, prepared as data/corpus, and
 # FLAGS="--dtype=bfloat16 --compile=True" on a CPU that multiplies bfloat16 in hardware.
 PYTHON ?= python3
