@@ -134,6 +134,7 @@ def measures(runs, baseline):
     tried = sorted(set.intersection(*(set(run.get("rates", ())) for run in baseline)))
     pairs = [(run.get("rates", []), end) for run, end in zip(runs, ends, strict=True)]
     at = {lr: [end[rates.index(lr)].mean() for rates, end in pairs if lr in rates] for lr in tried}
+    at = {f"at a rate of {lr:g}": np.mean(losses or math.nan) for lr, losses in at.items()}
     return {
         ("trained", "train domains"): train.mean(),
         ("trained", "tune domains, after"): np.mean([run["tune"] for run in runs]),
@@ -142,7 +143,7 @@ def measures(runs, baseline):
         **{("fewer examples", f"after {n:,.0f} tokens"): loss for n, loss in zip(support, path, strict=True)},
         ("fewer examples", "mean on the way (area under the curve)"): np.trapezoid(path, support) / max(support[-1], 1),
         ("more robustly", "worst held-out domain, after"): np.mean([end[0].mean(0).max() for end in ends]),
-        **{("more robustly", f"after, at a rate of {lr:g}"): np.mean(losses or math.nan) for lr, losses in at.items()},
+        **{("more robustly", f"after, {rate}"): loss for rate, loss in at.items()},
         ("more robustly", "worst less best rate, after"): np.mean([np.ptp(end.mean((1, 2))) for end in ends]),
         ("more reliably", "deviation over seeds, before"): deviation(heldout),
         ("more reliably", "deviation over seeds, after"): deviation(after),
@@ -150,6 +151,7 @@ def measures(runs, baseline):
         ("two by two", "held-out, before"): path[0],
         ("two by two", "held-out, after"): path[-1],
         ("two by two", "after - before (difference: interaction)"): path[-1] - path[0],
+        **{("two by two", f"after - before, {rate}"): loss - path[0] for rate, loss in at.items()},
     }
 
 

@@ -874,3 +874,65 @@ def test_runs_that_differ_only_in_seed_fold_into_one_method_and_differences_are_
     assert board["held-out domains"] == ["3.500", "2.750 (-0.75 ± 3.2)"]
     board = scoreboard(*runs[:3])  # what has one seed is faster or slower than the baseline's run of that seed
     assert board["speed-up in tokens, before"] == ["1.000", "1.167 (+0.17)"]  # (9 - 2) / (9 - 3)
+
+
+def test_the_speed_up_after_adaptation_is_read_from_the_checkpoints_that_were_adapted(tmp_path):
+    runs = []
+    for name, ends in {"base": [5.0, 4.0, 3.0], "fast": [4.0, 3.0, 2.0], "last": [None, None, 2.0]}.items():
+        log = write_log(tmp_path / name, [(0, 9.0), (50, 9.0), (100, 9.0), (150, 9.0)], inner_steps=len(runs))
+        at = [{"step": t, "tokens": t, "flops": 2 * t, "seconds": 3 * t} for t in (50, 100, 150)]
+        row = {"kind": "adapt", "domain": "z", "role": "heldout", "draw": 0, "lr": 1, "chosen": True}
+        rows = [
+            {**row, **a, "support_tokens": [0, 8], "loss": [9.0, end]} for a, end in zip(at, ends, strict=True) if end
+        ]
+        with open(log / "log.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        runs.append(log)
+    base, fast, last = ([*seeds.values()] for seeds in plot.read_methods(runs)[0].values())
+    np.testing.assert_allclose(plot.speed_up(fast, base, "adapted"), [1.5, 1.5, 1.5])  # at 3.0 after 100, not 150
+    assert np.isnan(plot.speed_up(last, base, "adapted")).all()  # one checkpoint is no curve
+
+
+def test_the_table_of_a_sweep_is_sorted_by_train_and_tune_loss_and_says_what_was_changed(tmp_path, capsys):
+    for name, lr, seen, tune, far in (
+        ("base", 1, 3.0, 2.0, 1.0),
+        ("best", 2, 2.9, 1.9, 9.0),
+        ("raw", 3, 1.0, None, 1.0),
+    ):
+        log = write_log(tmp_path / name, [(0, 9.0), (10 * lr, seen)], lr=lr, eval_steps=lr, seed=lr, out_dir=name)
+        rows = [json.loads(line) for line in (log / "log.jsonl").read_text().splitlines()]
+        rows[0]["dataset"]["roles"] |= {"t": "tune"}
+        for row in rows[1:]:
+            row["loss"]["t"] = 0.0
+        same = {**rows[-1], "kind": "adapt", "draw": 0, "lr": 1, "chosen": True, "support_tokens": [0, 8]}
+        unseen = {"t": ("tune", tune), "z": ("heldout", far)} if tune else {}
+        rows += [{**same, "domain": d, "role": role, "loss": [5.0, end]} for d, (role, end) in unseen.items()]
+        (log / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.main([*(str(tmp_path / name) for name in ("base", "best", "raw")), "--table", "--markdown"])
+    table = [[text.strip() for text in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert table[2] == ["best", "lr=2", "2", "20", "2.900", "1.900", "5.000", "9.000"]
+    assert table[3] == ["base", "-", "1", "10", "3.000", "2.000", "5.000", "1.000"]
+    assert table[4] == ["raw", "lr=3", "3", "30", "1.000", "-", "-", "-"]
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_newer_adapt_rows_take_the_place_of_older_ones(scoreboard, tmp_path):
+    old, new = [([3.0, 2.5], 0.1, True), ([3.0, 2.9], 0.2, False)], [([3.0, 2.0], 0.1, False), ([3.0, 1.0], 0.2, True)]
+    board = scoreboard(write_log(tmp_path / "run", [(9, 3.0)], old + new))
+    assert board["after 8 tokens"] == ["1.000"]  # at the rate chosen last
+    assert board["worst less best rate, after"] == ["1.000"]
+    assert (board["after, at a rate of 0.1"], board["after, at a rate of 0.2"]) == (["2.000"], ["1.000"])
+    assert board["after - before, at a rate of 0.1"] == ["-1.000"]  # 2.0 - 3.0
+
+
+def test_a_cut_last_line_is_left_out_and_logs_beyond_repair_are_refused_with_a_remedy(scoreboard, tmp_path):
+    log = write_log(tmp_path / "run", [(0, 5.0), (9, 3.0)]) / "log.jsonl"
+    header, first, last = log.read_text().splitlines()
+    log.write_text(f"{header}\n{first}\n{last}\n" + '{"kind": "val", "st')
+    assert scoreboard(log)["held-out domains"] == ["3.000"]
+    for lines in ([], [first], [header], [header, "no json", first]):
+        log.write_text("".join(line + "\n" for line in lines))
+        with refused(match="line 2.*delete" if "no json" in lines else "train it again"):
+            scoreboard(log)
+    with refused(match=r"no log at .*train\.py"):
+        scoreboard(tmp_path / "nowhere")
