@@ -4,7 +4,8 @@
     python plot.py results/tail/plain.jsonl results/tail/* --markdown -o curves.png  # the baseline is named first
     python plot.py results/sweep/*.jsonl --table  # no picture; a row for each method, the best choice first
 
-Runs whose configs differ only in seed are one method: a line is the mean over its seeds, a band their range.
+Runs whose configs differ only in seed, in what is watched and in whose learned rates they borrow are one method: a
+line is the mean over its seeds, a band their range.
 """
 
 import argparse
@@ -22,6 +23,7 @@ TITLES = {"heldout": "held-out, before adaptation", "adapted": "held-out, after 
 PANELS = [["heldout tokens", "heldout flops", "heldout seconds"], ["adapted tokens", "adapted flops", "train tokens"]]
 COLORS = ["#000000", "#d55e00", "#56b4e9", "#882255", "#e69f00", "#0072b2"]  # dark and light: distinct in greyscale too
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))], "os^Dv*P"  # 6, 5 and 7: no two methods look alike
+WATCHED = "seed|out_dir|(log|keep)_interval|eval_.*"  # the fields that make no other method
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # Student's t for 1, 2, ... degrees
 
 
@@ -37,7 +39,8 @@ def read_methods(paths):
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise SystemExit(f"{path} is not as train.py wrote it ({error!r}): mend or leave it out") from None
         name = re.sub(r"[_-]s(eed)?[_-]?\d+$", "", path.parent.name if path.name == "log.jsonl" else path.stem)
-        same = json.dumps(config | {"seed": 0, "out_dir": ""}, sort_keys=True)
+        same = {key: value for key, value in config.items() if not re.fullmatch(WATCHED, key)}
+        same = json.dumps(same | {"lr_scale_from": bool(config.get("lr_scale_from"))}, sort_keys=True)
         label = labels.setdefault(same, str(path) if name in methods else name)
         if methods.setdefault(label, {}).setdefault(config["seed"], run) is not run:
             raise SystemExit(f"{path} has the config and seed of another run: leave one of them out")
@@ -178,7 +181,7 @@ def sweep(methods, unit):
     for label, seeds in methods.items():
         runs, config = [*seeds.values()], next(iter(seeds.values()))["head"]["config"]
         changed = [key for key in base if config.get(key, base[key]) != base[key]]  # older logs have fewer fields
-        changed = [key for key in changed if not re.fullmatch("seed|out_dir|(log|keep)_interval|eval_.*", key)]
+        changed = [key for key in changed if not re.fullmatch(WATCHED, key)]
         changes = " ".join(f"{key}={config[key]}" for key in changed) or "-"
         tokens, losses = f"{curve(runs, 'train')[0, -1, 0]:,.0f}", [measures(runs, runs)[m] for m in shown]
         row = label, changes, ", ".join(map(str, sorted(seeds))), tokens, *map(cell, losses)
