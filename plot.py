@@ -203,7 +203,7 @@ def picture(methods, unit):
     fig, first = Figure(figsize=(11, 11), layout="constrained", dpi=150), next(iter(methods.values()))
     for panel, ax in fig.subplot_mosaic([*PANELS, ["learning tokens"] * 3]).items():
         name, axis = panel.split()
-        k, end = [*AXES].index(axis), curve(first.values(), name)[:, -1:, 3].mean(0)
+        k, base = [*AXES].index(axis), curve(first.values(), name)
         for i, seeds in enumerate(methods.values()):
             runs, look = [*seeds.values()], {"color": COLORS[i % 6], "ls": LINES[i % 5], "marker": MARKERS[i % 7]}
             points, ratio = curve(runs, name), speed_up(runs, beside(seeds, first), name)[k]
@@ -214,8 +214,8 @@ def picture(methods, unit):
         if name in TITLES:
             ax.set(title=TITLES[name], xlabel=AXES[axis], xlim=(0, 1.02 * ax.get_xlim()[1]))
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-            if len(curve(first.values(), name)[0]) > 1:
-                ax.axhline(*end, color="gray", lw=0.8)  # what the speed-ups are to
+            if base.shape[1] > 1:
+                ax.axhline(base[:, -1, 3].mean(), color="gray", lw=0.8)  # what the speed-ups are to
                 ax.legend(title="speed-up", loc="best", frameon=False)
         else:
             ax.set_xscale("symlog", base=2, linthresh=[*x, 1][1])

@@ -616,6 +616,10 @@ def test_a_log_cut_in_the_middle_of_a_row_does_not_stop_a_resume(pretrain):
             file.write(end)
         pretrain(max_steps=2, init_from="resume")
         assert log_of(out) == log
+    (out / "log.jsonl").write_text("")  # as a power cut may leave it
+    pretrain(max_steps=2, init_from="resume")
+    rows = (out / "log.jsonl").read_text().splitlines()
+    assert [json.loads(row)["kind"] for row in rows] == ["run", "val"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")

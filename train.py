@@ -484,7 +484,7 @@ def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
             size = f"{old['vocab_size']} ids and {old['block_size']} positions"
             raise ValueError(f"{cfg.init_from} has {size}: too few here")
         return
-    if missing := {"learner", "optimizer", "dataset", *PROGRESS} - ckpt.keys():
+    if missing := {"config", "learner", "optimizer", "dataset", *PROGRESS} - ckpt.keys():
         what = f"the checkpoint in {cfg.out_dir} has weights but no {', '.join(sorted(missing))}"
         raise ValueError(f"{what}: give its path as --init_from and another out_dir")
     if ckpt["step"] > cfg.max_steps:
@@ -526,20 +526,19 @@ def save_checkpoint(run: Run, losses: dict | None = None):
 
 def open_log(run: Run, resumed: bool):
     """Begin log.jsonl with the run's header, or cut it back to the checkpoint that the run resumes from."""
-    out, rows = Path(run.cfg.out_dir), []
+    out, head, rows = Path(run.cfg.out_dir), header(run), []
     path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
     if path.exists() and resumed:
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a line cut short has no end
         rows = [r for r in rows if r.get("step", -1) < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
-        now, before = header(run), rows[0]
-        if now["config"] != before["config"] | {"init_from": "resume"}:  # it goes on with other settings than it began
-            rows[0] = now | {"before": before}
+        if rows and head["config"] != rows[0]["config"] | {"init_from": "resume"}:  # it goes on with other settings
+            rows[0] = head | {"before": rows[0]}
     elif path.exists():  # nothing is lost: an earlier run steps aside
         n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
         out.rename(f"{out}.{n}")
         print(f"the earlier run in {out} is now {out}.{n}")
     out.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows or [header(run)]))
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows or [head]))
     os.replace(temporary, path)
 
 

@@ -1,7 +1,7 @@
 # python train.py config/maml_corpus.py
 # The model and tokens of config/baseline_corpus.py, meta-learned: a task's 20 rows are learned one by one, with learned
-# rates, first order, on mixed domains. Ends at 1.52 on train, 2.17 on held-out domains. At the common batch:
-# --tasks_per_step=2 --max_steps=1953 --warmup_steps=117 --eval_interval=196.
+# rates, first order, on mixed domains. Ends at 1.52 on train, 2.17 on held-out domains (seed 1, bfloat16).
+# At the common batch: --tasks_per_step=2 --max_steps=1953 --warmup_steps=117 --eval_interval=196.
 
 out_dir = "out/maml_corpus"
 dataset = "corpus"
