@@ -1,71 +1,123 @@
-"""Model-agnostic meta-learning for any module whose forward(x, y) returns (logits, loss). This docstring is the lesson.
+"""Model-agnostic meta-learning for any module whose forward(x, y) returns (logits, loss).
 
-A task is one batch of one domain, its rows cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
+A task is rows of text, cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
 
-    inner, in trajectory    phi_0 = theta,  phi_k+1 = update(phi_k, g_k),  g_k = grad L_k(phi_k)
-                            chunk after chunk, as any LLM is trained; update: SGD or AdamW, with a schedule
-    outer, in forward       L_K(phi_K), or the mean of all L_k(phi_k): how well, or how fast, the task was learned
-                            theta <- AdamW(theta, d outer / d theta), differentiated through the whole inner loop
+    inner   phi_0 = theta,   phi_j+1 = update(phi_j, g_j, alpha),   g_j = grad L_j(phi_j)
+    outer   theta and alpha take a step down the gradient of   sum_j w_j L_j(phi_j)
 
-Finn et al. 2017 (arXiv 1703.03400) take the first outer loss, objective='final'. objective='every' is the area under
-the task's learning curve (the multi-step loss of Antoniou et al. 2019, arXiv 1810.09502, with equal weights):
-every token is predicted once, just before it is learned. With K = 0 both are L_0(theta): plain training, bit for bit.
+Each chunk is predicted, then learned, so the outer loss is low where learning one chunk helps with
+the next. objective='every' weighs all chunks alike: how fast a text is learned (Antoniou et al.
+2019, arXiv 1810.09502). 'final' counts the last one: how well (Finn et al. 2017, arXiv 1703.03400).
+K = 0 is plain training. The rates alpha = exp(log_inner_lr) may be learned too, one a tensor or one
+an element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). Costs, in forwards F of one chunk:
 
-For K = 1 and SGD this is all of it, exact, in torch's own words:
-
-    def loss(phi, x, y): return functional_call(model, phi, (x, y))[1]
-    def outer(theta):
-        g = grad(loss)(theta, x0, y0)
-        phi = {name: theta[name] - inner_lr * g[name] for name in theta}
-        return loss(phi, x1, y1)
-    meta_gradient = grad(outer)(theta)
-
-- functional_call(model, phi, (x, y)) runs the model with phi in the place of its parameters; tied weights stay tied.
-- grad(loss) is a new function: it takes what loss takes and returns d loss / d its first argument, here a dict of
-  gradients by name, and writes nothing to .grad; grad_and_value returns (gradients, value). Being a function of phi, it
-  can be differentiated again. optimizer.step() could not be: it overwrites theta in place under no_grad, and autograd
-  would not see that phi came from theta. Here every phi_k is a new tensor.
-- What is wrong with it is memory: it keeps the graphs of the whole episode. `Gradient` therefore has a backward of its
-  own. There autograd hands in dloss = d outer / d L_k and dg = d outer / d g_k, and phi_k is due dloss * g_k + H dg, H
-  being the Hessian of L_k at phi_k. g_k is known already, and the product H dg is computed afresh from phi_k, so that
-  only one step's activations are alive, whatever K is (compiled: forward over reverse, as in MixFlow-MG, Kemaev et al.
-  2025, arXiv 2505.00793; eager: reverse over reverse).
-
-What it costs, in forwards F of one chunk (a gradient is 3 F: forward, and a backward of 2 F; differentiating that again
-costs as much twice over, so that H dg, computed with its own gradient, is 9 F):
-
-    plain training       3 (K + 1)
-    first_order=True     3 (K + 1)    H dg taken as zero (FOMAML: Finn et al. 5.2, Nichol et al. 2018, arXiv 1803.02999)
-    second order        12 K + 3      K (3 + 9) + 3, and the activations of one Hessian product
-
-Both keep a copy of the parameters per inner step (with learned rates two, with AdamW six).
+    plain training   3 (K + 1) F     a gradient is a forward and a backward of twice its cost
+    first order      3 (K + 1) F     each g_j is taken for a constant: two running sums, no graph
+    second order    (12 K + 3) F     exact: one Hessian-vector product, 9 F, for each inner step
 """
 
 import math
-from collections.abc import Iterator
-from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-Tensors = dict[str, torch.Tensor]  # by parameter name, as in dict(model.named_parameters())
+Tensors = dict[str, torch.Tensor]  # by parameter name
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """(gradients by name, outer loss) of a task x, y (B, T): MAML's definition in torch's own words.
+
+    grad_and_value(f) is a function like f that returns (d f / d its first argument, f). It writes
+    nothing to .grad, and it can be differentiated again: here the outer one goes through the inner
+    ones. An optimizer's step() has no such derivative, for it overwrites theta in place.
+    """
+
+    def gradient(phi, x, y):
+        g, loss = grad_and_value(learner.loss)(phi, x, y)  # g: a dict like phi
+        return ({n: t.detach() for n, t in g.items()} if learner.first_order else g), loss
+
+    def outer(theta, log_lr):
+        return outer_loss(learner, theta, log_lr, x, y, gradient)
+
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        grads, loss = grad_and_value(outer, argnums=(0, 1))(learner.theta(), learner.log_lr())
+    names = [n for n, p in learner.named_parameters() if p.requires_grad]
+    return dict(zip(names, [t for tree in grads for t in tree.values()], strict=True)), loss
+
+
+def outer_loss(learner, theta, log_lr, x, y, gradient) -> torch.Tensor:
+    """The two loops: what is predicted while it is learned. `gradient` returns (g, loss) of a chunk."""
+    phi, state, total = theta, learner.start(theta), 0.0
+    *support, last = learner.plan(x, y)
+    for xj, yj, weight, factor in support:
+        g, loss = gradient(phi, xj, yj)
+        total = total + weight * loss
+        phi, state = learner.learn(phi, g, log_lr, state, factor)
+    xj, yj, weight, _ = last
+    return (total + weight * learner.loss(phi, xj, yj)) / learner.total_weight
+
+
+# What is wrong with meta_grad is memory: it keeps the graph of the whole inner loop. The rest of
+# this file computes the same gradients with the activations of one chunk alive.
+
+# --------------------------------------------------------------------------------------------------
+# inner updates: new tensors from old ones, so that autograd can follow
+
+
+def sgd(phi: Tensors, g: Tensors, rates: Tensors, state):
+    return {n: p - rates[n] * g[n] for n, p in phi.items()}, state
+
+
+def adamw(phi: Tensors, g: Tensors, rates: Tensors, state, beta1=0.9, beta2=0.95):
+    """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2) without weight decay."""
+    m, v, ones_m, ones_v = state
+    m = {n: beta1 * m[n] + (1 - beta1) * g[n] for n in g}
+    v = {n: beta2 * v[n] + (1 - beta2) * g[n] * g[n] for n in g}
+    ones_m, ones_v = beta1 * ones_m + (1 - beta1), beta2 * ones_v + (1 - beta2)  # corrects the bias
+    root = {n: (v[n] / ones_v + 1e-16).sqrt() + 1e-8 for n in g}  # 1e-16: a derivative at g = 0
+    phi = {n: p - rates[n] * (m[n] / ones_m) / root[n] for n, p in phi.items()}
+    return phi, (m, v, ones_m, ones_v)
+
+
+def adamw_start(phi: Tensors):
+    zeros, zero = {n: torch.zeros_like(p) for n, p in phi.items()}, new_tensor(phi, 0.0)
+    return zeros, zeros, zero, zero
+
+
+def clip(g: Tensors, largest: float) -> Tensors:
+    """g, scaled down to the norm `largest` where it is longer; 0 is no bound."""
+    if not largest:
+        return g
+    square = sum(t.square().sum() for t in g.values())
+    scale = largest / square.clamp(min=largest**2).sqrt()
+    return {n: t * scale for n, t in g.items()}
+
+
+def new_tensor(like: Tensors, value):
+    return next(iter(like.values())).new_tensor(value)
+
+
+UPDATES = {"sgd": (sgd, lambda phi: ()), "adamw": (adamw, adamw_start)}
+SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
+OBJECTIVES = {"every": lambda n: [1.0] * n, "final": lambda n: [0.0] * (n - 1) + [1.0]}
+RATE_SHAPES = {"no": None, "tensor": lambda p: (), "element": lambda p: p.shape}
+
+# --------------------------------------------------------------------------------------------------
 # the learner: a module from a task to a scalar
 
 
 class MAML(nn.Module):
-    """forward maps one task, x and y of (B, ...) with B a multiple of inner_steps + 1, to its outer loss.
+    """forward maps one task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
 
-    learn_inner_lr: exp(log_inner_lr[k, i]) is the rate of inner step k for parameter tensor i, at first inner_lr (Li et
-    al. 2017, Meta-SGD, arXiv 1707.09835; per step as in Antoniou et al. 2019). inner_clip bounds the norm of each inner
-    gradient (0: no bound); `clipped` counts how often it did. autocast is the dtype of the products inside the loss.
-    AdamW inside starts afresh with every task, unless second_moment is a list of bias-corrected v, one for each name.
-    The first step of a fresh AdamW is sign(g), whose derivative is zero: with K = 1 second order then *is* first order.
+    learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element', the same in
+    all inner steps and at first inner_lr. inner_clip bounds the norm of each inner gradient, in
+    training and reading alike (0: no bound). inner_schedule: 'constant' or 'cosine', after
+    inner_warmup steps. autocast: the dtype of the products inside the loss. Parameters of the
+    model that require no gradient stay as they are. ValueError for an unknown word.
     """
 
     def __init__(
@@ -73,193 +125,212 @@ class MAML(nn.Module):
         model: nn.Module,
         inner_steps: int = 1,
         inner_lr: float = 0.02,
-        inner_optimizer: str = "sgd",  # 'sgd' | 'adamw'
-        inner_schedule: str = "constant",  # 'constant' | 'cosine', after inner_warmup steps of linear warm-up
-        inner_warmup: int = 0,
-        inner_clip: float = 0.0,
-        inner_weight_decay: float = 0.0,
+        inner_optimizer: str = "sgd",
         first_order: bool = False,
-        objective: str = "every",  # 'final' | 'every'
-        learn_inner_lr: bool = False,
-        autocast: torch.dtype | None = None,
+        objective: str = "every",
+        learn_inner_lr: str = "no",
+        inner_clip: float = 0.0,
         compile: bool = False,
+        autocast: torch.dtype | None = None,
+        inner_schedule: str = "constant",
+        inner_warmup: int = 0,
     ):
         super().__init__()
-        for value, known in ((inner_optimizer, UPDATES), (inner_schedule, SCHEDULES), (objective, OBJECTIVES)):
-            if value not in known:
-                raise ValueError(f"{value!r} is unknown to MAML: choose {' or '.join(map(repr, known))}")
-        if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_clip, inner_weight_decay) < 0:
-            raise ValueError("inner_lr must be positive; inner_steps, _warmup, _clip and _weight_decay not negative")
-        if inner_steps and not first_order and any(isinstance(m, DROPOUT) and m.p > 0 for m in model.modules()):
-            raise ValueError("dropout would draw anew for the Hessian: set dropout=0.0, or first_order=True")
-        self.model, self.inner_steps, self.first_order = model, inner_steps, first_order
-        self.objective = OBJECTIVES[objective]
-        self.update, self.inner_lr, self.inner_weight_decay = UPDATES[inner_optimizer], inner_lr, inner_weight_decay
-        self.schedule, self.inner_warmup, self.inner_clip = SCHEDULES[inner_schedule], inner_warmup, inner_clip
-        self.autocast, self.second_moment, self.clipped = autocast, None, 0
-        self.names = [name for name, p in model.named_parameters() if p.requires_grad]  # frozen ones stay as they are
-        self.log_inner_lr = None
-        if learn_inner_lr and inner_steps:
-            self.log_inner_lr = nn.Parameter(torch.full((inner_steps, len(self.names)), math.log(inner_lr)))
-        if compile:  # the functions that contain torch.func.grad, whole: a compiled loss under it would run uncompiled
-            for function in ("loss", "gradient", "hessian_product"):
-                setattr(self, function, torch.compile(getattr(self, function), fullgraph=True))
+        words = {inner_optimizer: UPDATES, inner_schedule: SCHEDULES}
+        for word, known in (words | {objective: OBJECTIVES, learn_inner_lr: RATE_SHAPES}).items():
+            if word not in known:
+                choices = " or ".join(map(repr, known))
+                raise ValueError(f"{word!r} is unknown to MAML: choose {choices}")
+        if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_clip) < 0:
+            raise ValueError("inner_lr must be positive; inner_steps, _warmup, _clip not negative")
+        self.model, self.inner_steps, self.inner_lr = model, inner_steps, inner_lr
+        self.update, self.start = UPDATES[inner_optimizer]
+        self.schedule, self.inner_warmup = SCHEDULES[inner_schedule], inner_warmup
+        self.first_order, self.inner_clip, self.autocast = first_order, inner_clip, autocast
+        self.weights = OBJECTIVES[objective](inner_steps + 1)
+        self.total_weight = sum(self.weights)
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.log_inner_lr = nn.ParameterList()
+        if inner_steps and learn_inner_lr != "no":
+            shapes = [RATE_SHAPES[learn_inner_lr](p) for p in self.theta().values()]
+            self.log_inner_lr.extend(torch.full(shape, math.log(inner_lr)) for shape in shapes)
+        if compile:  # whole: under an eager torch.func.grad, a compiled loss would run uncompiled
+            for name in ("loss", "gradient", "hessian_product", "summed_step"):
+                compiled = torch.compile(getattr(self, name), fullgraph=True, dynamic=False)
+                setattr(self, name, compiled)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, unrolled: bool = False) -> torch.Tensor:
-        xs, ys = chunks(x, self.inner_steps + 1), chunks(y, self.inner_steps + 1)
-        losses, phi = [], self.theta()
-        for loss, phi in self.trajectory(xs[:-1], ys[:-1], unrolled):  # noqa: B007
-            losses.append(loss)
-        losses.append(self.loss(phi, xs[-1], ys[-1]))
-        return self.objective(torch.stack(losses))
-
-    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> Tensors:
-        """phi_K, for functional_call(model, phi, ...), after learning x, y (B, ...) in inner_steps equal chunks."""
-        phi = self.theta()
-        for _, phi in self.trajectory(chunks(x, self.inner_steps), chunks(y, self.inner_steps)):  # noqa: B007
-            pass
-        return phi
-
-    def trajectory(self, xs, ys, unrolled: bool = False) -> Iterator[tuple[torch.Tensor, Tensors]]:
-        """The inner loop, the only one. For each chunk: its loss before it is learned, and the parameters after."""
-        gradient = self.unrolled_gradient if unrolled else partial(Gradient.apply, self)
-        phi, nothing = self.theta(), [0.0] * len(self.names)
-        # AdamW's m, v and the number of gradients in each; a lent v is corrected already, and beta2**inf = 0
-        state = (nothing, nothing, 0, 0) if self.second_moment is None else (nothing, self.second_moment, 0, math.inf)
-        for k, (x, y) in enumerate(zip(xs, ys, strict=True)):
-            loss, *g = gradient(x, y, *phi.values())  # L_k(phi_k) and g_k
-            if self.inner_clip:
-                square = torch.stack([t.square().sum() for t in g]).sum()
-                self.clipped = self.clipped + (square.detach() > self.inner_clip**2)
-                g = [t * (self.inner_clip / square.clamp(min=self.inner_clip**2).sqrt()) for t in g]
-            stepped, state = self.update(phi.values(), g, self.rates(k), self.inner_weight_decay, state)
-            phi = dict(zip(self.names, stepped, strict=True))  # phi_k+1
-            yield loss, phi
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        theta, log_lr = self.theta(), self.log_lr()
+        if self.inner_steps == 0:
+            return self.loss(theta, x, y)
+        if self.first_order:
+            return FirstOrder.apply(self, x, y, *theta.values(), *log_lr.values())
+        return outer_loss(self, theta, log_lr, x, y, self.differentiable_gradient)
 
     def theta(self) -> Tensors:
         named = dict(self.model.named_parameters())
-        return {name: named[name] for name in self.names}
+        return {n: named[n] for n in self.names}
 
-    def rates(self, k: int):
-        """The learning rate of inner step k for each parameter tensor: floats, or the learned scalars."""
-        w = self.inner_warmup
-        factor = (k + 1) / (w + 1) if k < w else self.schedule((k - w) / max(1, self.inner_steps - w))
-        if self.log_inner_lr is None:
-            return [self.inner_lr * factor] * len(self.names)
-        return (self.log_inner_lr[k].exp() * factor).unbind()
+    def log_lr(self) -> Tensors:
+        return dict(zip(self.names, self.log_inner_lr, strict=False))  # {} where none is learned
 
-    # what is computed of one chunk, each a pure function of phi, and each compiled whole
+    def plan(self, x, y) -> list[tuple]:
+        """(x_j, y_j, weight, factor of the rates) for each chunk of a task."""
+        n = self.inner_steps + 1
+        if x.size(0) % n:
+            raise ValueError(
+                f"{x.size(0)} rows do not split into {n} chunks: use a multiple of {n}"
+            )
+        weights = new_tensor(self.theta(), self.weights)
+        return list(zip(x.chunk(n), y.chunk(n), weights, self.factors(n), strict=True))
+
+    def factors(self, n: int) -> torch.Tensor:
+        """What the schedule multiplies the rates with at each of n inner steps."""
+        w = min(self.inner_warmup, n)
+        warmup = [(j + 1) / (w + 1) for j in range(w)]
+        return new_tensor(self.theta(), warmup + [self.schedule(j / (n - w)) for j in range(n - w)])
+
+    def learn(self, phi, g, log_lr, state, factor):
+        """The step of the inner loop, the only one."""
+        rates = {n: factor * (log_lr[n].exp() if log_lr else self.inner_lr) for n in phi}
+        return self.update(phi, clip(g, self.inner_clip), rates, state)
+
+    @torch.no_grad()
+    def read(self, x: torch.Tensor, y: torch.Tensor, repeat: int = 1):
+        """Reads P passages side by side, x and y (P, R, T): each row is predicted, then learned.
+
+        Returns each row's loss before it was learned, (P, R), and every passage's phi at the end,
+        (P, ...) by name. repeat: inner steps on each row.
+        """
+
+        def step(phi, state, x, y, factor):
+            g, loss = self.gradient(phi, x, y)
+            return loss, *self.learn(phi, g, self.log_lr(), state, factor)
+
+        phi = {n: p.detach().expand(len(x), *p.shape) for n, p in self.theta().items()}
+        state, losses = vmap(self.start)(phi), []
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
+            for j, factor in enumerate(self.factors(x.size(1))):
+                row = x[:, j : j + 1], y[:, j : j + 1]  # (P, 1, T)
+                for again in range(repeat):
+                    loss, phi, state = vmap(step, (0, 0, 0, 0, None))(phi, state, *row, factor)
+                    losses += [] if again else [loss]
+        return torch.stack(losses, 1), phi
 
     def loss(self, phi: Tensors, x, y) -> torch.Tensor:
         kind = x.device.type
-        with torch.autocast(kind, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            return functional_call(self.model, phi, (x, y))[1]
+        with torch.autocast(kind, self.autocast, self.autocast is not None, cache_enabled=False):
+            return functional_call(self.model, phi, (x, y))[1]  # tied weights stay tied
 
     def gradient(self, phi: Tensors, x, y) -> tuple[Tensors, torch.Tensor]:
         return grad_and_value(self.loss)(phi, x, y)
 
+    # ----------------------------------------------------------------------------------------------
+    # First order. With every g_j a constant, d phi_j / d theta = 1. Each update is proportional to
+    # alpha, so d phi_j / d log alpha = phi_j - theta. Hence, exactly and for every update,
+    #
+    #     d outer / d theta     = sum_j w_j g_j
+    #     d outer / d log alpha = sum_j w_j g_j * (phi_j - theta)
+    #
+    # For SGD phi_j - theta = -alpha (g_0 + ... + g_j-1): a rate grows where a gradient agrees with
+    # the ones before it, and shrinks where they contradict each other.
+
+    def summed_step(self, sums, theta, phi, log_lr, state, x, y, weight, factor):
+        """One inner step, and what it adds to the outer loss and to its two gradients."""
+        total, d_theta, d_log_lr = sums
+        g, loss = self.gradient(phi, x, y)
+        d_theta = {n: d + weight * g[n] for n, d in d_theta.items()}
+        for n, d in d_log_lr.items():
+            d_log_lr[n] = d + (weight * g[n] * (phi[n] - theta[n])).sum_to_size(d.shape)
+        phi, state = self.learn(phi, g, log_lr, state, factor)
+        return (total + weight * loss, d_theta, d_log_lr), phi, state
+
+    # ----------------------------------------------------------------------------------------------
+    # second order: the definition, with a gradient whose own derivative is computed when it is asked
+
+    def differentiable_gradient(self, phi: Tensors, x, y) -> tuple[Tensors, torch.Tensor]:
+        *g, loss = SecondOrder.apply(self, x, y, *phi.values())
+        return dict(zip(phi, g, strict=True)), loss
+
     def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> tuple[Tensors, Tensors]:
-        """g and H v. As H is symmetric, forward over reverse and reverse over reverse agree; the first wins compiled,
-        having no tape, the second eagerly. The contexts are inside, or compiled code would not see them."""
+        """g and H v. As H is symmetric there are two ways: forward over reverse has no tape and wins
+        compiled, reverse over reverse wins eagerly. Outside, the contexts would not be compiled."""
+
+        def gradient(phi):
+            return grad(self.loss)(phi, x, y)
+
         with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():
             if torch.compiler.is_compiling():
-                return jvp(lambda phi: grad(self.loss)(phi, x, y), (phi,), (v,))
+                return jvp(gradient, (phi,), (v,))
             with torch.enable_grad():
-                phi = {n: t.detach().requires_grad_() for n, t in phi.items()}
-                g = torch.autograd.grad(self.loss(phi, x, y), phi.values(), create_graph=True, materialize_grads=True)
-                # a g that needs no grad does not depend on phi: its rows of H are zero
-                curved = {n: t for n, t in zip(phi, g, strict=True) if t.requires_grad}
-                v = [v[n] for n in curved]
-                hv = torch.autograd.grad(list(curved.values()), phi.values(), v, materialize_grads=True)
-            return dict(zip(phi, g, strict=True)), dict(zip(phi, hv, strict=True))
-
-    def unrolled_gradient(self, x, y, *phi):
-        """Gradient's forward, for torch.func to differentiate (MATH: fused attention has no second derivative)."""
-        with sdpa_kernel(SDPBackend.MATH):
-            g, loss = grad_and_value(self.loss)(dict(zip(self.names, phi, strict=True)), x, y)
-        return loss, *(t.detach() if self.first_order else t for t in g.values())
+                g, pull = vjp(gradient, phi)
+                return g, pull(v)[0]
 
 
-class Gradient(torch.autograd.Function):
-    """(learner, x, y, *phi) -> (loss, *g), with the lesson's backward, dloss * g + H dg."""
+class FirstOrder(torch.autograd.Function):
+    """(learner, x, y, *theta, *log_lr) -> outer loss, whose gradients are known as soon as it is."""
 
     @staticmethod
-    def forward(ctx, learner, x, y, *phi):
-        phi = [p.detach() for p in phi]  # constants to what is compiled, which would else prepare a backward of its own
-        g, loss = learner.gradient(dict(zip(learner.names, phi, strict=True)), x, y)
-        ctx.learner, ctx.first_order, ctx.batch = learner, learner.first_order, (x, y)
-        ctx.save_for_backward(*(g.values() if ctx.first_order else phi))  # the Hessian's product brings g along
-        if ctx.first_order:  # nobody need compute dg, nor fill it with zeros
-            ctx.mark_non_differentiable(*g.values())
-            ctx.set_materialize_grads(False)
-        return loss, *g.values()
+    def forward(ctx, learner, x, y, *parameters):
+        theta, log_lr = (
+            {n: p.detach() for n, p in tree.items()} for tree in (learner.theta(), learner.log_lr())
+        )
+        phi, state = theta, learner.start(theta)
+        zeros = [{n: torch.zeros_like(p) for n, p in tree.items()} for tree in (theta, log_lr)]
+        sums = (new_tensor(theta, 0.0), *zeros)
+        for chunk in learner.plan(x, y):
+            sums, phi, state = learner.summed_step(sums, theta, phi, log_lr, state, *chunk)
+        total, d_theta, d_log_lr = sums
+        ctx.weight = learner.total_weight
+        ctx.save_for_backward(*d_theta.values(), *d_log_lr.values())
+        return total / ctx.weight
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss, *dg):
-        if ctx.first_order:
-            return None, None, None, *(0.0 * g if dloss is None else dloss * g for g in ctx.saved_tensors)
-        phi, v = (dict(zip(ctx.learner.names, ts, strict=True)) for ts in (ctx.saved_tensors, dg))
-        g, hv = ctx.learner.hessian_product(phi, v, *ctx.batch)
-        return None, None, None, *(dloss * g[n] + hv[n] for n in phi)
+    def backward(ctx, d_outer):
+        return None, None, None, *(d_outer / ctx.weight * t for t in ctx.saved_tensors)
+
+
+class SecondOrder(torch.autograd.Function):
+    """(learner, x, y, *phi) -> (*g, loss), which keeps phi and no graph.
+
+    phi is due d_loss * g + H d_g. The Hessian product is computed afresh from phi, so the
+    activations of one step are alive (as in MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793).
+    """
+
+    @staticmethod
+    def forward(ctx, learner, x, y, *phi):
+        phi = dict(zip(learner.names, (p.detach() for p in phi), strict=True))
+        g, loss = learner.gradient(phi, x, y)
+        ctx.learner, ctx.batch = learner, (x, y)
+        ctx.save_for_backward(*phi.values())
+        return *g.values(), loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *d_outputs):
+        *d_g, d_loss = d_outputs
+        phi = dict(zip(ctx.learner.names, ctx.saved_tensors, strict=True))
+        v = {n: t.clone() for n, t in zip(phi, d_g, strict=True)}  # a v that shares memory with phi
+        g, hv = ctx.learner.hessian_product(phi, v, *ctx.batch)  # would be traced wrongly, silently
+        return None, None, None, *(d_loss * g[n] + hv[n] for n in phi)
 
 
 class CausalInBlocks(TorchFunctionMode):
-    """Causal attention that can be differentiated twice, as no fused kernel can: four blocks of queries, each against
-    the keys up to it alone, in plain operations. That is 10 of the 16 blocks of scores that MATH computes and masks;
-    to MATH goes any other call of attention."""
+    """Causal attention that can be differentiated twice, as no fused kernel can.
+
+    Four blocks of queries, each against the keys up to it, in plain operations: 10 of the 16 blocks
+    of scores that SDPBackend.MATH computes and masks. Any other call of attention goes to MATH.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        causal = kwargs.get("is_causal") and not kwargs.get("dropout_p") and kwargs.keys() <= {"is_causal", "dropout_p"}
-        if func is not F.scaled_dot_product_attention or not causal or len(args) > 3:
-            return func(*args, **kwargs)
+        causal = kwargs == {"is_causal": True} and len(args) == 3
+        if func is not F.scaled_dot_product_attention or not causal:
+            return func(*args, **(kwargs or {}))
         q, k, v = args  # (..., T, head size)
         out, size = [], -(-q.size(-2) // 4)
         for i in range(0, q.size(-2), size):
             scores = q[..., i : i + size, :] @ k[..., : i + size, :].mT / q.size(-1) ** 0.5
-            future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=q.device).triu(i + 1)
+            future = scores.new_full(scores.shape[-2:], -torch.inf).triu(i + 1)
             out.append((scores + future).softmax(-1) @ v[..., : i + size, :])
         return torch.cat(out, -2)
-
-
-def meta_grad(learner: MAML, x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """(grads, loss) of the outer loss by learner.named_parameters(): MAML by torch.func alone, exact and unrolled.
-
-    The definition that learner(x, y).backward() is tested against; its memory grows by a whole graph per inner step.
-    """
-    theta = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
-    return grad_and_value(lambda theta: functional_call(learner, theta, (x, y), {"unrolled": True}))(theta)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# inner updates: new tensors from old ones, so that autograd can follow
-
-
-def sgd(phi, g, lr, weight_decay, state):
-    if weight_decay:  # decoupled: it does not pass through AdamW's second moment
-        phi = [p * (1 - a * weight_decay) for p, a in zip(phi, lr, strict=True)]
-    return [p + -a * g_i for p, g_i, a in zip(phi, g, lr, strict=True)], state
-
-
-def adamw(phi, g, lr, weight_decay, state):
-    """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2); eps_root keeps the derivative finite at g = 0."""
-    beta1, beta2, eps, eps_root = 0.9, 0.95, 1e-8, 1e-16
-    m, v, n_m, n_v = *state[:2], state[2] + 1, state[3] + 1
-    m = [beta1 * m_i + (1 - beta1) * g_i for m_i, g_i in zip(m, g, strict=True)]
-    v = [beta2 * v_i + (1 - beta2) * g_i * g_i for v_i, g_i in zip(v, g, strict=True)]
-    c_m, c_v = 1 - beta1**n_m, 1 - beta2**n_v
-    steps = [(m_i / c_m) / ((v_i / c_v + eps_root).sqrt() + eps) for m_i, v_i in zip(m, v, strict=True)]
-    return sgd(phi, steps, lr, weight_decay, None)[0], (m, v, n_m, n_v)
-
-
-def chunks(x, n):
-    if n and x.size(0) % n:
-        raise ValueError(f"{x.size(0)} rows do not split into {n} equal chunks: make batch_size a multiple of {n}")
-    return x.chunk(n) if n else ()
-
-
-UPDATES = {"sgd": sgd, "adamw": adamw}
-SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
-OBJECTIVES = {"final": lambda losses: losses[-1], "every": torch.mean}
-DROPOUT = nn.modules.dropout._DropoutNd

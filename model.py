@@ -1,11 +1,12 @@
 """GPT-2 as a plain PyTorch module; nothing in this file knows how it will be trained.
 
     model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))
-    logits, loss = model(idx, targets)  # idx, targets: (B, T) token ids -> (B, T, V), nats per token
+    logits, loss = model(x, y)  # x, y: (B, T) token ids -> (B, T, V), nats per token
 
-The architecture is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": learned positions,
-layer norm before each branch and once at the end, tanh-approximated GELU, input and output embeddings tied.
-Parameters carry the names of GPT-2 as nanoGPT spells them, so that its checkpoints load with strict=True.
+The architecture is that of Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners": learned positions, layer norm before each branch and once at the end, tanh-approximated
+GELU, input and output embeddings tied. Parameters carry the names of GPT-2 as nanoGPT spells them,
+so its checkpoints load with strict=True.
 """
 
 import math
@@ -23,16 +24,11 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    dropout: float = 0.0
     bias: bool = False  # True as in GPT-2; without, a little smaller and faster and no worse
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}: change one of them")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the network
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
 
 class GPT(nn.Module):
@@ -43,7 +39,6 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
@@ -54,7 +49,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """GPT-2's initialisation: N(0, 0.02), and less where 2 * n_layer branches add up in the residual stream."""
+        """GPT-2's initialisation: N(0, 0.02), less where 2 * n_layer branches add up."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 p.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer))
@@ -63,25 +58,27 @@ class GPT(nn.Module):
             else:  # biases 0, the gains of layer norms 1
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
-        """(B, T) token ids -> logits (B, T, V) and the mean cross-entropy in nats per token (targets of -1 apart)."""
-        T = idx.size(1)
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None):
+        """(B, T) ids -> logits (B, T, V), and the mean cross-entropy in nats per token of targets y.
+
+        Targets of -1 do not count. ValueError if T exceeds block_size.
+        """
+        T = x.size(1)
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit the context: crop them to block_size={self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C) + (T, C)
-        x = self.transformer.drop(x)
+            raise ValueError(f"{T} tokens exceed block_size={self.config.block_size}: crop them")
+        h = self.transformer.wte(x) + self.transformer.wpe.weight[:T]  # (B, T, C) + (T, C)
         for block in self.transformer.h:
-            x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
-        if targets is None:
+            h = block(h)
+        logits = self.lm_head(self.transformer.ln_f(h))  # (B, T, V)
+        if y is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
-        """idx (B, T) with max_new_tokens more; the generator decides the draw, temperature 0 takes the mode."""
+    def generate(self, x, max_new_tokens: int, temperature=1.0, top_k=None, generator=None):
+        """x (B, T) with max_new_tokens more. The generator decides the draw; temperature 0 takes the mode."""
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
+            logits, _ = self(x[:, -self.config.block_size :])
             logits = logits[:, -1].float()  # (B, V)
             if top_k is not None:
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
@@ -89,30 +86,31 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                token = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
-            idx = torch.cat([idx, token], dim=1)
-        return idx
+                token = torch.multinomial(
+                    F.softmax(logits / temperature, -1), 1, generator=generator
+                )
+            x = torch.cat([x, token], dim=1)
+        return x
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """AdamW's two groups: matrices and embeddings decay; biases and gains, whose zero means nothing, do not."""
+        """AdamW's two groups: matrices and embeddings decay; biases and gains do not."""
         decayed = [p for p in self.parameters() if p.dim() >= 2]
         free = [p for p in self.parameters() if p.dim() < 2]
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+        return [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ]
 
-    def flops_per_token(self, T: int | None = None) -> int:
-        """Forward FLOPs of the matrix products for one token of a T-token sequence (a multiply-add is two).
+    def flops_per_token(self, T: int) -> int:
+        """Forward FLOPs of the matrix products for one token of a T-token row; a multiply-add is two.
 
-        Attention is counted in full although half of it is masked, as is the custom (PaLM, appendix B), so that the
-        figures compare; a plain training step costs three times this.
+        Attention is counted in full although half of it is masked, as is the custom (PaLM, appendix
+        B), so that the figures compare. A plain training step costs three times this.
         """
         c = self.config
         linear = 2 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd)
-        attention = 4 * c.n_layer * c.n_embd * (T or c.block_size)
+        attention = 4 * c.n_layer * c.n_embd * T
         return linear + attention
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# its parts
 
 
 class Block(nn.Module):
@@ -131,25 +129,23 @@ class Block(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd, bias=config.bias
-        )  # query, key and value in one product
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        # Which kernel runs is the caller's choice (torch.nn.attention.sdpa_kernel): the fused ones are the fastest but
-        # have no second derivative, so maml.py puts plain operations in their place where it differentiates twice.
+        # Which kernel runs is the caller's choice. The fused ones have no second derivative, so
+        # maml.py uses plain operations where it differentiates twice.
         with torch.autocast("cpu", enabled=False):
-            if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # a backward up to four times as slow (torch 2.13)
+            if (
+                q.dtype == torch.bfloat16 and q.device.type == "cpu"
+            ):  # four times as slow (torch 2.13)
                 q, k, v = q.float(), k.float(), v.float()
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C).type_as(x)  # heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).type_as(x))
 
 
 class MLP(nn.Module):
@@ -157,7 +153,6 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))

@@ -1,22 +1,18 @@
-"""Pretrain a GPT, plainly (inner_steps=0) or by meta-learning: one loop for both, on one process or many.
+"""Pretrain a GPT, plainly (inner_steps=0) or by meta-learning: one loop for both, on any machine.
 
-    python train.py config/maml_demo.py                                    # this machine, whatever it has
-    python train.py config/maml_demo.py --seed=2 --out_dir=out/maml_s2     # every field of Config is a flag
-    python train.py config/maml_demo.py --init_from=resume                 # go on, bit for bit, after a stop
-    torchrun --nproc_per_node=8 train.py config/maml_124m.py               # eight GPUs: the same tasks, the same steps
+    python train.py config/maml_demo.py                                 # whatever this machine has
+    python train.py config/maml_demo.py --seed=2 --out_dir=out/maml_s2  # every field is a flag
+    python train.py config/maml_demo.py --init_from=resume              # go on after a stop
+    torchrun --nproc_per_node=8 train.py config/maml_124m.py            # eight GPUs, the same steps
 
-A step learns from tasks_per_step tasks, each batch_size rows of one domain: task by task the learner's outer loss is
-differentiated and the gradients are averaged. Gradient accumulation over tasks is MAML's meta-batch, and DDP's ranks
-share the tasks out. Every draw is a pure function of (seed, split, step, task), so that resuming needs no state but the
-step, evaluating cannot move training, and the number of processes does not change the data.
+A step learns from tasks_per_step tasks. Task by task the learner's outer loss is differentiated, and
+the gradients are averaged; DDP's ranks share the tasks out.
 """
 
-import ast
+import argparse
 import dataclasses
+import datetime
 import difflib
-import hashlib
-import inspect
-import itertools
 import json
 import math
 import os
@@ -28,9 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -43,604 +37,602 @@ from tqdm import tqdm
 
 from maml import MAML
 from model import GPT, GPTConfig
-from prepare_data import ROLES, open_shard, read_meta
+from tasks import TASKS, Dataset, ahead
 
-PROGRESS = ("step", "seconds", "best")  # the fields of Run that a checkpoint carries
-# the fields of Config that the log counts tokens and FLOPs by, or that shape the optimizer's state: a run keeps them
-KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "first_order_steps", "learn_inner_lr", "nesterov")
-
-# ----------------------------------------------------------------------------------------------------------------------
-# configuration: defaults here, a Python file of assignments over them, --key=value over both
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # of the model; a checkpoint's rules
+# what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
+KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     # the run
     out_dir: str = "out/run"  # where log.jsonl and the checkpoints go
-    init_from: str = "scratch"  # 'scratch', 'resume' (from out_dir), or the path of a checkpoint, nanoGPT's too
+    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too; 'resume' sets resume=True
+    resume: bool = False  # go on from the checkpoint in out_dir, where there is one
     dataset: str = "local"  # data_dir/dataset, as prepare_data.py wrote it
     data_dir: str = "data"
     seed: int = 1  # decides initialisation and every draw of training data, not the evaluation's
     device: str = "auto"  # 'auto' takes cuda, else mps, else cpu
-    dtype: str = "float32"  # of the matrix products: 'float32' or 'bfloat16' (autocast); weights stay float32
-    compile: bool = False  # torch.compile: minutes of waiting, then faster steps; for GPUs and long runs
+    dtype: str = "float32"  # of the products: 'float32' or 'bfloat16'; weights stay float32
+    compile: bool = False  # torch.compile: minutes of waiting, then faster steps
     # the model
     block_size: int = 256  # tokens of a row
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    dropout: float = 0.0  # 0 for pretraining; second order needs 0
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
     # the tasks
-    batch_size: int = 16  # rows of one task, split into inner_steps + 1 chunks; the micro-batch that memory bounds
-    tasks_per_step: int = 8  # the meta-batch: at least the number of train domains where that is affordable
+    tasks: str = "mixed"  # rows from anywhere; of one 'domain'; consecutive ones: a 'passage'
+    batch_size: int = 16  # rows of a task, cut into inner_steps + 1 chunks
+    tasks_per_step: int = 8  # the meta-batch; the processes share it out
+    permute_share: float = 0.0  # of tasks whose alphabet is permuted, so that only learning helps
     max_steps: int = 1000
-    domain_sampling: str = "uniform"  # 'uniform' over train domains or in proportion to their 'size'
-    shuffle_domains: bool = False  # True: every task mixes all domains (the baseline as people do it; the control)
     # the outer optimizer, AdamW
-    learning_rate: float = 1e-3
-    min_lr: float = 1e-4  # where the cosine ends
+    learning_rate: float = (
+        1e-3  # at its peak; a cosine takes it to a tenth. 0 leaves theta as it is
+    )
     warmup_steps: int = 50
     weight_decay: float = 0.1
-    beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0  # of the meta-gradient's norm; 0 for none
-    nesterov: bool = False  # AdamW with Nesterov's look-ahead (NAdam): a control for what inner steps gain
-    lr_scale_from: str = ""  # a learner's checkpoint whose learned inner rates scale the outer ones: another control
+    grad_clip: float = 1.0  # of the outer gradient's norm; 0 for none
+    nesterov: bool = False  # NAdam: a look-ahead that costs nothing, the control to beat
     # the inner loop; inner_steps=0 is plain training
     inner_steps: int = 0  # K
     inner_lr: float = 0.02  # around 0.02 for 'sgd', 1e-3 for 'adamw'
     inner_optimizer: str = "sgd"  # 'sgd' or 'adamw'
     inner_schedule: str = "constant"  # 'constant' or 'cosine'
     inner_warmup: int = 0  # inner steps of linear warm-up
-    inner_weight_decay: float = 0.0
-    inner_clip: float = 0.0  # of each inner gradient's norm; 0 for none
-    inner_warm_start: bool = False  # inner AdamW starts from the outer AdamW's second moment
-    first_order: bool = False  # leave the Hessian out: the baseline's cost exactly
-    first_order_steps: int = 0  # first order until this step, second order after
-    objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' chunk's only
-    learn_inner_lr: bool = False  # a learned rate per parameter tensor and inner step, from inner_lr on
-    inner_lr_lr: float = 0.01  # the outer learning rate of those (they are logarithms)
+    inner_clip: float = 0.0  # of each inner gradient's norm, in reading too; 0 for none
+    first_order: bool = False  # take inner gradients for constants: the cost of plain training
+    objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' one's
+    learn_inner_lr: str = "no"  # a learned rate for each 'tensor' or 'element', from inner_lr on
+    inner_lr_lr: float = 0.01  # the outer learning rate of their logarithms, at its peak
     # watching
     eval_interval: int = 100  # steps between evaluations, each with a checkpoint
-    eval_steps: int = 4  # tasks per domain in an evaluation; runs compare if this times batch_size is the same
-    log_interval: int = 10  # steps between training rows in the log
-    keep_interval: int = 0  # evaluations at its multiples keep their checkpoint, step_*.pt, for adapt.py; 0 for none
+    eval_passages: int = 4  # passages of each domain's val split in an evaluation
+    eval_rows: int = 32  # consecutive rows of such a passage
+    keep_interval: int = 0  # evaluations at its multiples keep their checkpoint; 0 for none
 
     def __post_init__(self):
-        for name, known in {"dtype": ("float32", "bfloat16"), "domain_sampling": ("uniform", "size")}.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(map(repr, known))}")
-        positive = "block_size n_layer n_head n_embd batch_size tasks_per_step eval_interval eval_steps log_interval"
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), int(f.name in positive.split())
-            if f.type in (int, float) and not least <= value < (2**63 if f.type is int else 3e38):
-                raise ValueError(f"{f.name}={value} must be at least {least}, and finite in float32")
-        if not self.learning_rate:
-            raise ValueError("learning_rate=0.0 must be positive: to learn nothing, set max_steps=0")
-        if self.inner_warm_start and self.inner_optimizer != "adamw":
-            raise ValueError("inner_warm_start=True lends a second moment: set inner_optimizer='adamw' as well")
+        words = {"dtype": ("float32", "bfloat16"), "tasks": TASKS}
+        for name, known in words.items():
+            if (value := getattr(self, name)) not in known:
+                choices = " or ".join(map(repr, known))
+                raise ValueError(f"{name}={value!r} is unknown: choose {choices}")
+        zero_is_wrong = {*SHAPE[:-1], "batch_size", "tasks_per_step", "inner_lr"}
+        zero_is_wrong |= {"eval_interval", "eval_passages", "eval_rows"}
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), int(field.name in zero_is_wrong)
+            if field.type is int and not least <= value < 2**63:
+                raise ValueError(f"{field.name}={value} must be at least {least}")
+            if field.type is float and not 0 <= value < 1e38:
+                raise ValueError(f"{field.name}={value} must not be negative, and finite")
         if self.batch_size % (n := self.inner_steps + 1):
-            raise ValueError(f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}: change either")
+            what = f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}"
+            raise ValueError(f"{what}: change either")
+        if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
+            raise ValueError(
+                "learning_rate=0 leaves nothing to learn: set learn_inner_lr='element'"
+            )
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+# --------------------------------------------------------------------------------------------------
+# the run
 
 
-def load_config(argv: list[str]) -> Config:
-    """A Config from ['config/x.py', '--key=value', ...]; ValueError names a wrong key's nearest or a wrong type."""
-    values = {}
-    for arg in argv:
-        if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")
-            if not equals:
-                raise ValueError(f"{arg} has no value: write --{key}=VALUE")
-            try:
-                value = text if key in FIELDS and FIELDS[key].type is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                value = {"true": True, "false": False}.get(text.lower(), text)
-            values[key] = check_field(key, value, "the command line")
-        elif not Path(arg).is_file():
-            raise ValueError(f"no config file {arg}: give a path such as config/maml_demo.py")
-        else:
-            try:
-                found = runpy.run_path(arg)  # in a namespace of its own; _names and imports are the file's business
-            except Exception as error:
-                raise ValueError(f"{arg} is not a config file that runs: {type(error).__name__}: {error}") from error
-            found = {k: v for k, v in found.items() if k[0] != "_" and not isinstance(v, ModuleType)}
-            values |= {key: check_field(key, value, arg) for key, value in found.items()}
-    return Config(**values)
+def train(given: dict):
+    """Pretrains as `given`, fields of Config by name, say. ValueError and OSError name a remedy."""
+    cfg = Config(**given)
 
+    # processes
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    check_divisible(cfg, world_size)
+    device = pick_device(cfg.device)
+    if world_size > 1 and not dist.is_initialized():
+        backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        timeout = datetime.timedelta(minutes=10)
+        dist.init_process_group(backend, device_id=bound, timeout=timeout)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32
 
-def check_field(key: str, value, where: str):
-    if key not in FIELDS:
-        near = difflib.get_close_matches(key, FIELDS, 1)
-        raise ValueError(f"unknown key {key!r} in {where}" + (f": did you mean {near[0]!r}?" if near else ""))
-    kind = FIELDS[key].type
-    value = float(value) if kind is float and type(value) is int else value
-    if type(value) is not kind:
-        raise ValueError(f"{key} in {where} must be {kind.__name__}, not {type(value).__name__} {value!r}")
-    return value
+    # weights: from out_dir, another checkpoint or scratch
+    out, ckpt = Path(cfg.out_dir), None
+    resumed = cfg.resume and (out / "ckpt.pt").exists()
+    if resumed or cfg.init_from != "scratch":
+        ckpt, model = load_checkpoint(out / "ckpt.pt" if resumed else Path(cfg.init_from))
+        shape = {name: getattr(model.config, name) for name in SHAPE}
+        if wrong := [name for name in SHAPE if given.get(name, shape[name]) != shape[name]]:
+            has = ", ".join(f"{name}={shape[name]}" for name in wrong)
+            raise ValueError(f"the checkpoint has {has}: leave {', '.join(wrong)} out")
+        cfg = dataclasses.replace(cfg, **shape)
 
+    # data
+    data = Dataset(
+        Path(cfg.data_dir, cfg.dataset),
+        block_size=cfg.block_size,
+        batch_size=cfg.batch_size,
+        tasks_per_step=cfg.tasks_per_step,
+        tasks=cfg.tasks,
+        seed=cfg.seed,
+        permute_share=cfg.permute_share,
+    )
+    val = {d: data.passages(d, cfg.eval_passages, cfg.eval_rows) for d in data.roles}
+    vocab_size = data.meta["vocab_size"]
+    if ckpt is None:
+        padded = -(-vocab_size // 64) * 64  # matrix units like multiples of 64
+        shape = {name: getattr(cfg, name) for name in SHAPE}
+        model = GPT(GPTConfig(vocab_size=padded, **shape))
+    elif model.config.vocab_size < vocab_size:
+        few = f"the checkpoint knows {model.config.vocab_size} ids, {data.root} has {vocab_size}"
+        raise ValueError(f"{few}: use a checkpoint or a dataset with the other's tokenizer")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the loop
+    # learner
+    learner = MAML(
+        model,
+        inner_steps=cfg.inner_steps,
+        inner_lr=cfg.inner_lr,
+        inner_optimizer=cfg.inner_optimizer,
+        first_order=cfg.first_order,
+        objective=cfg.objective,
+        learn_inner_lr=cfg.learn_inner_lr,
+        inner_clip=cfg.inner_clip,
+        compile=cfg.compile,
+        autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
+        inner_schedule=cfg.inner_schedule,
+        inner_warmup=cfg.inner_warmup,
+    ).to(device)
+    ddp = learner
+    if world_size > 1:
+        ddp = DDP(learner, broadcast_buffers=False, gradient_as_bucket_view=True)
+    optimizer = make_optimizer(cfg, learner)
 
+    # where it stands
+    step, seconds, best, spent = 0, 0.0, math.inf, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+    if resumed:
+        check_same_run(ckpt, cfg, data)
+        groups = optimizer.state_dict()["param_groups"]  # the rates asked for now
+        optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
+        step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
+        spent = ckpt["spent_before"]
+    elif ckpt:
+        spent = ckpt.get(
+            "spent", spent
+        )  # what the checkpoint cost counts, or nothing would compare
+    if ckpt:
+        load_rates(learner, ckpt.get("learner", {}))
+    if world_size > 1:  # a file system that lags may show the ranks different checkpoints
+        seen = [None] * world_size
+        dist.all_gather_object(seen, (step, data.sha256))
+        if len(set(seen)) > 1:
+            raise ValueError(f"the processes start from different steps or data: {seen}; try again")
+    header = describe(cfg, data, model, spent, f"{world_size} x {device_name(device)}")
+    if rank == 0:
+        open_log(out, header, step, resumed)
+        print(summary(cfg, header), flush=True)
 
-@dataclasses.dataclass
-class Run:
-    """The parts of a run and how far it has come; start() makes one from a Config."""
-
-    cfg: Config
-    rank: int
-    world_size: int
-    device: torch.device
-    data: "Dataset"
-    learner: MAML
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # outer updates made
-    seconds: float = 0.0  # spent on them, evaluation apart
-    best: float = math.inf  # the lowest mean loss on the tune domains
-
-
-def train(run: Run):
-    cfg, model, stop_signals, stopping = run.cfg, run.learner.model, [], False
-
-    def on_signal(number, _):  # finish the step, save, go. One within a second is an echo, as torchrun's of Ctrl-C is
-        if stop_signals and time.monotonic() > stop_signals[0] + 1:
-            raise SystemExit("stopped at once: the last checkpoint is whole")
-        stop_signals.append(time.monotonic())
-
-    for sig in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send
-        signal.signal(sig, on_signal)
-    ddp = DDP(run.learner, broadcast_buffers=False, gradient_as_bucket_view=True) if run.world_size > 1 else run.learner
-    bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
-    while True:
-        now = progress(cfg, model, run.step, run.seconds)
-        due = run.step % cfg.eval_interval == 0 or run.step == cfg.max_steps
-        if cfg.inner_warm_start and run.step:  # here, so that an evaluation after a resume lends the same
-            moments = [run.optimizer.state[p]["exp_avg_sq"] for p in run.learner.theta().values()]
-            run.learner.second_moment = [v / (1 - cfg.beta2**run.step) for v in moments]  # torch's v is not corrected
-        if due and not stopping:
-            losses = evaluate(run)
-            if not math.isfinite(sum(losses["loss"].values())):  # or the good checkpoints would make way for this one
-                raise SystemExit(not_finite(run, f"evaluation {losses['loss']}"))
-            if run.rank == 0:
-                append_row(cfg.out_dir, {"kind": "val", **now, **losses})
-                save_checkpoint(run, losses)
-                bar.write(one_line(run, losses))
-        if run.step == cfg.max_steps or stopping:
+    # the loop
+    stop_signals = catch_signals()
+    mine = range(rank, cfg.tasks_per_step, world_size)
+    draws = [(s, task) for s in range(step, cfg.max_steps) for task in mine]
+    tasks = ahead(lambda s, task: to_device(data.task(s, task), device), draws)
+    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    stop = False
+    for step in range(step, cfg.max_steps + 1):
+        at = {"step": step, **count(cfg, header, spent, step, seconds)}
+        last = step == cfg.max_steps
+        if (step % cfg.eval_interval == 0 or last) and not stop:
+            losses = evaluate(learner, val, data.roles, cfg, rank, world_size, device)
+            check_finite(cfg, step, sum(losses["loss"].values()), "the evaluation")
+            best, is_best = judge(losses, data.roles, best)
+            if rank == 0:
+                keep = cfg.keep_interval and step and step % cfg.keep_interval == 0 and not last
+                names = ["best.pt"] * is_best + [f"step_{step:06d}.pt"] * bool(keep)
+                save(out, names, learner, optimizer, cfg, data, spent, at, best, seconds)
+                append_row(out, {"kind": "val", **at, **losses})
+                bar.write(one_line(step, losses, data.roles))
+        elif stop and rank == 0:
+            save(out, [], learner, optimizer, cfg, data, spent, at, best, seconds)
+            bar.write(f"stopped at step {step}: the same command with --init_from=resume goes on")
+        if last or stop:
             break
+
         began = time.perf_counter()
-        row, stopping = outer_step(run, ddp, bool(stop_signals))
-        run.seconds += (took := time.perf_counter() - began)
-        run.step += 1
-        flops = progress(cfg, model, run.step, 0)["flops"] - now["flops"]
-        if run.rank == 0 and now["step"] % cfg.log_interval == 0:
-            append_row(cfg.out_dir, {"kind": "train", **now, **row})
-        speed = f"{tokens_per_step(cfg) / took:,.0f} tokens/s{mfu(run, flops / took)}"
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed}")
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
+        total = torch.zeros(2, device=device)
+        for task in mine:
+            # DDP averages over the ranks; only the last task's backward need talk to them
+            silent = world_size > 1 and task != mine[-1]
+            with ddp.no_sync() if silent else nullcontext():
+                loss = ddp(*next(tasks)) / len(mine)
+                loss.backward()
+            total[0] += loss.detach()
+        total[1] += bool(stop_signals)
+        if world_size > 1:
+            dist.all_reduce(total)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        loss, stop, grad_norm = torch.stack([*total / world_size, grad_norm]).tolist()
+        check_finite(cfg, step, loss + grad_norm, "the outer loss or its gradient")
+        optimizer.step()
+        learner.zero_grad()
+        took = time.perf_counter() - began
+        seconds += took
+        if rank == 0 and step % 10 == 0:
+            lr = cfg.learning_rate * lr_factor(cfg, step)
+            append_row(out, {"kind": "train", **at, "loss": loss, "lr": lr, "grad_norm": grad_norm})
+        speed = header["tokens_per_step"] / took
+        flops = header["flops_per_step"] / took / world_size / 1e12
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops:.3g} TFLOP/s")
         bar.update()
     bar.close()
-    if stopping and run.rank == 0:
-        save_checkpoint(run)
-        print(f"stopped after step {run.step}: the same command with --init_from=resume goes on")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def outer_step(run: Run, ddp, stop: bool) -> tuple[dict, bool]:
-    """One outer update from tasks_per_step tasks: what the log says of it, and whether any rank was told to stop."""
-    cfg, n, learner = run.cfg, run.cfg.tasks_per_step, run.learner
-    learner.train()
-    learner.first_order = cfg.first_order or run.step < cfg.first_order_steps
-    learner.clipped = 0  # what an evaluation clipped is not the step's
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * lr_factor(cfg, run.step)
-    report = torch.zeros(n + 2, device=run.device)  # a loss per task, the wish to stop, clips: one message for all
-    mine = range(run.rank, n, run.world_size)
-    for task in mine:
-        if cfg.dropout:
-            torch.manual_seed(int(rng(cfg.seed, "dropout", run.step, task).integers(2**63)))
-        x, y = run.data.task(run.step, task, run.device)
-        # DDP averages over ranks; only the last task's backward need talk to the others
-        with ddp.no_sync() if run.world_size > 1 and task != mine[-1] else nullcontext():
-            loss = ddp(x, y)
-            (loss * (run.world_size / n)).backward()
-        report[task] = loss.detach()
-    report[n], report[n + 1] = stop, learner.clipped
-    if run.world_size > 1:
-        dist.all_reduce(report)
-    grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), cfg.grad_clip or math.inf).item()
-    loss = report[:n].mean().item()
-    if not math.isfinite(loss + grad_norm):
-        raise SystemExit(not_finite(run, f"loss {loss}, gradient norm {grad_norm}: stopped before the update"))
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    row = {"loss": loss, "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
-    return row | {"clipped": int(report[n + 1])}, bool(report[n] > 0)
+def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
+    """AdamW over theta, unless learning_rate=0 leaves it as it is, and over the learned rates."""
+    groups = []
+    if cfg.learning_rate:
+        groups = learner.model.parameter_groups(cfg.weight_decay)
+        groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
+    if rates := [*learner.log_inner_lr]:
+        groups.append({"params": rates, "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
+    chosen = sum(len(group["params"]) for group in groups)
+    assert chosen == len([*learner.parameters()]) or not cfg.learning_rate
+    betas = (0.9, cfg.beta2)
+    if cfg.nesterov:  # momentum_decay this large: beta1 from the first step on, as AdamW has it
+        return torch.optim.NAdam(
+            groups, betas=betas, decoupled_weight_decay=True, momentum_decay=1e6
+        )
+    fused = next(learner.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, betas=betas, fused=fused)
 
 
-def not_finite(run: Run, what: str) -> str:
-    rate = "inner_lr_lr" if run.cfg.learn_inner_lr else "inner_lr"
-    remedy = f"--init_from=resume and a lower learning_rate or {rate}, or inner_clip=1.0"
-    return f"step {run.step}: {what}. Go on from the last checkpoint in {run.cfg.out_dir}: {remedy}"
+def lr_factor(cfg: Config, step: int) -> float:
+    """Linear warm-up, then a cosine from 1 to 0.1 at max_steps."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / (cfg.warmup_steps + 1)
+    t = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
 
 
 @torch.no_grad()
-def evaluate(run: Run) -> dict:
-    """Nats per token on val, by domain: theta's ('loss'), and after the learner's own inner steps ('adapted').
+def evaluate(learner: MAML, val, roles, cfg: Config, rank=0, world_size=1, device="cpu") -> dict:
+    """Nats per token on passages of val, by domain; the ranks share the domains out.
 
-    The windows are the same at every step, and for all runs of one block_size and one eval_steps * batch_size. 'loss'
-    takes all of them; 'adapted' learns from the first inner_steps chunks of each task and is measured on its last. The
-    ranks share the tasks out.
+    'loss' is theta's. 'online' is the learner's own on the same rows, of the domains that are not
+    trained on: the mean loss of rows that are learned as soon as they are predicted.
     """
-    learner, K = run.learner.eval(), run.cfg.inner_steps
-    tasks = run.data.val
-    table = torch.zeros(len(tasks), 2, device=run.device)
-    for i in range(run.rank, len(tasks), run.world_size):
-        x, y = (t.to(run.device) for t in tasks[i][1:])
-        table[i, 0] = learner.loss(learner.theta(), x, y)
-        if K:
-            n = x.size(0) // (K + 1)
-            table[i, 1] = learner.loss(learner.adapt(x[:-n], y[:-n]), x[-n:], y[-n:])
-    if run.world_size > 1:
+    chunk = cfg.batch_size // (cfg.inner_steps + 1)
+    table = torch.zeros(len(val), 2, device=device)
+    for i, (domain, xy) in enumerate(val.items()):
+        if i % world_size != rank:
+            continue
+        x, y = to_device(xy, device)  # (P, R, T)
+        rows = x.flatten(0, 1), y.flatten(0, 1)
+        losses = [learner.loss(learner.theta(), *part) for part in padded(*rows, chunk)]
+        counts = [(part[1][:, 0] >= 0).sum() for part in padded(*rows, chunk)]
+        table[i, 0] = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / len(rows[0])
+        if cfg.inner_steps and roles[domain] != "train":
+            table[i, 1] = learner.read(x, y, chunk)[0].mean()
+    if world_size > 1:
         dist.all_reduce(table)
-    by_domain = {d: table[[i for i, t in enumerate(tasks) if t[0] == d]].mean(0).tolist() for d in run.data.domains}
+    table = dict(zip(val, table.tolist(), strict=True))
+    unseen = [d for d in val if cfg.inner_steps and roles[d] != "train"]
+    return {"loss": {d: table[d][0] for d in val}, "online": {d: table[d][1] for d in unseen}}
+
+
+def padded(x, y, n):
+    """x, y (rows, T) in parts of n rows each, so that they make one graph; -1 fills the last y."""
+    missing = -len(x) % n
+    x = torch.cat([x, x[:1].expand(missing, -1)])
+    y = torch.cat([y, torch.full_like(y[:1], -1).expand(missing, -1)])
+    return list(zip(x.split(n), y.split(n), strict=True))
+
+
+def judge(losses: dict, roles: dict, best: float) -> tuple[float, bool]:
+    """The lowest mean loss on the tune domains so far, and whether this is it."""
+    judged = losses["online"] or losses["loss"]
+    tune = [judged[d] for d, role in roles.items() if role == "tune"]
+    mean = float(np.mean(tune)) if tune else math.inf
+    return min(mean, best), mean < best
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints and the log
+
+
+def load_checkpoint(path: Path) -> tuple[dict, GPT]:
+    """A checkpoint, ours or nanoGPT's, and its model. Only tensors and plain values are loaded."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: train first, or give a ckpt.pt's path")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        known = {field.name for field in dataclasses.fields(GPTConfig)}
+        args = {name: value for name, value in ckpt["model_args"].items() if name in known}
+        model = GPT(GPTConfig(**args))
+        weights = {n.removeprefix("_orig_mod."): w for n, w in ckpt["model"].items()}
+        model.load_state_dict(weights)
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path} is cut short, or no checkpoint of a GPT ({why})") from error
+    return ckpt, model
+
+
+@torch.no_grad()
+def load_rates(learner: MAML, saved: dict):
+    """Learned rates from a checkpoint; a tensor's begins those of its elements, and their mean its."""
+    for i, rate in enumerate(learner.log_inner_lr):
+        if (old := saved.get(f"log_inner_lr.{i}")) is not None:
+            rate.copy_(old if rate.dim() else old.mean())
+
+
+def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
+    """A run resumes as what it was, or its log would not add up."""
+    needed = {"config", "dataset", "optimizer", "learner", "step", "seconds", "spent_before"}
+    if missing := needed - ckpt.keys():
+        what = f"the checkpoint in {cfg.out_dir} has no {', '.join(sorted(missing))}"
+        raise ValueError(f"{what}: give its path as --init_from and another out_dir")
+    if ckpt["step"] > cfg.max_steps:
+        raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
+    old = {name: ckpt["config"].get(name) for name in KEPT}
+    old |= {"trained on": ckpt["dataset"]["sha256"][:9]}
+    new = {name: getattr(cfg, name) for name in KEPT} | {"trained on": data.sha256[:9]}
+    if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
+        raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike")
+
+
+def save(out: Path, names, learner, optimizer, cfg, data, spent_before, at, best, seconds):
+    """ckpt.pt, atomically: written beside it, then renamed. `names` are further links to it."""
+    learned = {k: v for k, v in learner.state_dict().items() if not k.startswith("model.")}
+    trained_on = {"name": cfg.dataset, "sha256": data.sha256, "shards": data.trained}
+    ckpt = {
+        "model": learner.model.state_dict(),
+        "learner": learned,
+        "optimizer": optimizer.state_dict(),
+        "model_args": dataclasses.asdict(learner.model.config),
+        "config": dataclasses.asdict(cfg),
+        "dataset": trained_on | {"tokenizer": data.meta["tokenizer"]},
+        "step": at["step"],
+        "seconds": seconds,
+        "best": best,
+        "spent_before": spent_before,
+        "spent": {name: at[name] for name in ("tokens", "flops", "seconds")},
+    }
+    temporary, link = out / "ckpt.pt.tmp", out / "link.tmp"
+    try:
+        torch.save(ckpt, temporary)
+        with open(temporary) as file:  # or a power cut may keep the rename and lose the content
+            os.fsync(file.fileno())
+        for name in names:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(temporary, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(temporary, link)
+            os.replace(link, out / name)
+        os.replace(temporary, out / "ckpt.pt")
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        temporary.unlink(missing_ok=True)
+        what = f"step {at['step']}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]})"
+        raise SystemExit(f"{what}. The one before is whole: make room, resume") from None
+
+
+def open_log(out: Path, header: dict, step: int, resumed: bool):
+    """Begins log.jsonl with the run's header, or cuts it back to the checkpoint's step."""
+    path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
+    rows = [header]
+    if path.exists() and resumed:
+        lines = path.read_text().split("\n")[:-1]  # a line cut short has no end
+        old = [json.loads(line) for line in lines]
+        rows = [
+            header | {"before": old[0]} if old and old[0]["config"] != header["config"] else header
+        ]
+        rows += [r for r in old[1:] if r.get("step", -1) < step or r["kind"] == "adapt"]
+    elif path.exists():
+        raise ValueError(
+            f"{out} holds a run: --init_from=resume goes on, or choose another out_dir"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
+def append_row(out: Path, row: dict):
+    with open(out / "log.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def describe(cfg: Config, data: Dataset, model: GPT, spent: dict, device: str) -> dict:
+    """The log's first row: what is needed to make the run again and to read its log."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
+    commit = shutil.which("git") and subprocess.run(git, cwd=here, capture_output=True, text=True)
+    K, tokens = cfg.inner_steps, cfg.tasks_per_step * cfg.batch_size * cfg.block_size
+    forwards = 3 if cfg.first_order or K == 0 else (12 * K + 3) / (K + 1)  # of each token: maml.py
     return {
-        "loss": {d: before for d, (before, _) in by_domain.items()},
-        "adapted": {d: after for d, (_, after) in by_domain.items()} if K else {},
+        "kind": "run",
+        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+        "config": dataclasses.asdict(cfg),
+        "commit": (commit and commit.stdout.strip()) or "unknown",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": device,
+        "params": sum(p.numel() for p in model.parameters()),
+        "tokens_per_step": tokens,
+        "flops_per_step": forwards * tokens * model.flops_per_token(cfg.block_size),
+        "spent_before": spent,
+        "dataset": {"name": cfg.dataset, "sha256": data.sha256, "roles": data.roles}
+        | {"tokenizer": data.meta["tokenizer"]},
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# tasks: pure functions of (seed, split, step, task)
+def count(cfg: Config, header: dict, spent: dict, step: int, seconds: float) -> dict:
+    """What a run has cost by a step, with what the checkpoint that it began from had."""
+    return {
+        "tokens": spent["tokens"] + step * header["tokens_per_step"],
+        "flops": spent["flops"] + step * header["flops_per_step"],
+        "seconds": round(spent["seconds"] + seconds, 3),
+    }
 
 
-def rng(*key: int | str) -> np.random.Generator:
-    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+# --------------------------------------------------------------------------------------------------
+# processes, devices, signals
 
 
-shard = lru_cache(512)(open_shard)  # a memory map holds a file handle: thousands of shards must not exhaust them
-
-
-class Dataset:
-    """The shards of data_dir/dataset. ValueError or FileNotFoundError say what is missing and how to make it."""
-
-    def __init__(self, cfg: Config):
-        self.root, self.T = Path(cfg.data_dir) / cfg.dataset, cfg.block_size
-        if not (self.root / "meta.json").is_file():
-            given = cfg.dataset if cfg.dataset in ROLES else f"PATH --name {cfg.dataset}"
-            raise FileNotFoundError(f"no data at {self.root}: run python prepare_data.py {given}")
-        self.meta = read_meta(self.root / "meta.json")
-        self.sha256 = hashlib.sha256((self.root / "meta.json").read_bytes()).hexdigest()
-        self.domains = {d: info["role"] for d, info in self.meta["domains"].items()}
-        self.shards, self.lengths = {}, {}  # by (domain, split): paths, and their tokens
-        for d, info in self.meta["domains"].items():
-            for split in ("train", "val"):
-                paths = [self.root / path for path in info["shards"][split]]
-                for path in paths:
-                    highest = shard(path)[:: max(1, len(shard(path)) // 1000)].max()  # a sample; --verify reads all
-                    if highest >= self.meta["vocab_size"]:
-                        raise ValueError(f"{path} holds id {highest}, beyond the vocabulary: prepare {self.root} again")
-                self.shards[d, split] = paths
-                self.lengths[d, split] = np.array([len(shard(path)) for path in paths], dtype=np.int64)
-        self.train_domains = sorted(d for d, role in self.domains.items() if role == "train")
-        if not self.train_domains:
-            raise ValueError(f"{self.root} has no domain with the role 'train': prepare it with fewer --heldout")
-        size = np.array([self.lengths[d, "train"].sum() for d in self.train_domains], dtype=float)
-        self.share = size / size.sum() if cfg.domain_sampling == "size" else np.full(len(size), 1 / len(size))
-        self.cfg = cfg
-        for d, share in zip(self.train_domains, self.share, strict=True):  # every task must find its rows, none twice
-            most = math.ceil(share * cfg.tasks_per_step * cfg.batch_size) + 1 if cfg.shuffle_domains else cfg.batch_size
-            self.windows(d, "train", min(most, cfg.batch_size), rng(0))
-        self.val = [(d, x, y) for d in self.domains for x, y in self.val_tasks(d)]
-
-    def windows(self, domain: str, split: str, n: int, rng: np.random.Generator, at_most: bool = False) -> np.ndarray:
-        """n rows of T + 1 ids from anywhere in a split, no position in two rows; with at_most fewer if it is small."""
-        lengths = self.lengths[domain, split]
-        offset = rng.integers(min(self.T, max(1, lengths.max(initial=0) - n * self.T)))
-        blocks = np.maximum(lengths - 1 - offset, 0) // self.T  # rows that fit, by shard
-        total = int(blocks.sum())
-        n = min(n, total) if at_most else n
-        if not 0 < n <= total:
-            raise ValueError(
-                f"domain {domain!r} has {lengths.sum():,} {split} tokens, too few for {max(n, 1)} rows of block_size="
-                f"{self.T}: lower block_size or batch_size, or give it more text"
-            )
-        picks = rng.choice(total, n, replace=False)
-        ends = blocks.cumsum()
-        where = np.searchsorted(ends, picks, side="right")
-        starts = offset + (picks - ends[where] + blocks[where]) * self.T
-        paths = self.shards[domain, split]
-        return np.stack([shard(paths[s])[a : a + self.T + 1] for s, a in zip(where, starts, strict=True)])  # (n, T + 1)
-
-    def task(self, step: int, task: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-        """x, y (B, T) of one training task: rows of one domain, or with shuffle_domains of all of them."""
-        B, shuffle = self.cfg.batch_size, self.cfg.shuffle_domains
-        draws = B if shuffle else 1  # of domains: one for every row of a task, or for the task
-        domains = self.step_domains(step, self.cfg.tasks_per_step * draws)[task * draws : (task + 1) * draws]
-        draw = rng(self.cfg.seed, "train", step, task)
-        rows = [self.windows(d, "train", B * domains.count(d) // draws, draw) for d in sorted(set(domains))]
-        return batch(np.concatenate(rows)[draw.permutation(B)], device)
-
-    def step_domains(self, step: int, n: int) -> list[str]:
-        """The domains of a step's n draws, in proportion to their share, and as evenly as n allows: with equal shares
-        none comes twice before all have come once (systematic sampling over the domains in random order)."""
-        draw = rng(self.cfg.seed, "domains", step)
-        order = draw.permutation(len(self.share))
-        picks = np.searchsorted(self.share[order].cumsum(), (np.arange(n) + draw.random()) / n)
-        return [self.train_domains[order[min(i, len(order) - 1)]] for i in draw.permutation(picks)]
-
-    def val_tasks(self, domain: str):
-        """The evaluation's tasks of a domain: x, y (B, T), the same windows at every step and for every seed."""
-        B, chunks = self.cfg.batch_size, self.cfg.inner_steps + 1
-        rows = self.windows(domain, "val", self.cfg.eval_steps * B, rng("val", domain), at_most=True)
-        B = min(B, len(rows) // chunks * chunks)
-        if not B:
-            few = f"the val split of {domain!r} has only {len(rows)} rows of {self.T}"
-            raise ValueError(f"{few}: lower block_size or inner_steps")
-        return [batch(rows[i : i + B]) for i in range(0, len(rows) - B + 1, B)]
-
-
-def batch(rows: np.ndarray, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T + 1) ids -> inputs and next-token targets (B, T)."""
-    ids = torch.from_numpy(rows.astype(np.int64))
-    if torch.device(device).type == "cuda":
-        ids = ids.pin_memory().to(device, non_blocking=True)
-    ids = ids.to(device)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# start, checkpoints, log
-
-
-def start(cfg: Config) -> Run:
-    """Everything that train() needs, from scratch or from a checkpoint; raises ValueError or OSError with a remedy."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if cfg.tasks_per_step % world_size:
-        raise ValueError(f"tasks_per_step={cfg.tasks_per_step} must be a multiple of the {world_size} processes")
-    device = pick_device(cfg.device)
-    data = Dataset(cfg)
-    torch.manual_seed(cfg.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-    path = Path(cfg.init_from)
-    if resume := cfg.init_from == "resume":  # ckpt_prev.pt is alone where a kill fell between two renames
-        path = next((p for n in ("ckpt.pt", "ckpt_prev.pt") if (p := Path(cfg.out_dir, n)).exists()), None)
-    args = dict(vocab_size=-(-data.meta["vocab_size"] // 64) * 64)  # matrix units like multiples of 64
-    args |= {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig) if f.name in FIELDS}
-    if path and cfg.init_from != "scratch":
-        ckpt, model = load_checkpoint(path, dropout=cfg.dropout)
-        check_checkpoint(ckpt, args, data, cfg)
-    else:
-        ckpt, model = None, GPT(GPTConfig(**args))
-    # Config's fields have the names of MAML's arguments
-    options = {name: getattr(cfg, name) for name in inspect.signature(MAML).parameters if name in FIELDS}
-    learner = MAML(model, autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None, **options).to(device)
-    groups = [group | {"peak_lr": cfg.learning_rate} for group in model.parameter_groups(cfg.weight_decay)]
-    if cfg.lr_scale_from:
-        groups = scaled_groups(groups, load_checkpoint(Path(cfg.lr_scale_from))[0], model)
-    if learner.log_inner_lr is not None:
-        groups.append({"params": [learner.log_inner_lr], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
-    if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
-        nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
-        optimizer = torch.optim.NAdam(groups, betas=(cfg.beta1, cfg.beta2), **nadam)
-    else:
-        optimizer = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=device.type == "cuda")
-    run = Run(cfg, rank, world_size, device, data, learner, optimizer)
-    if resume and ckpt:
-        learner.load_state_dict(ckpt["learner"], strict=False)
-        groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now, not the checkpoint's
-        optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
-        run.step, run.seconds, run.best = (ckpt[key] for key in PROGRESS)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank == 0:
-        open_log(run, resumed=bool(resume and ckpt))
-        print(summary(run), flush=True)
-    return run
-
-
-def scaled_groups(groups: list[dict], ckpt: dict, model: GPT) -> list[dict]:
-    """A group per tensor, its rate times what a learner learned for it, over the geometric mean of all."""
-    rates = ckpt.get("learner", {}).get("log_inner_lr")
-    if rates is None or rates.size(1) != len([*model.parameters()]):
-        raise ValueError("lr_scale_from needs the checkpoint of a learner of the same shape, with learn_inner_lr=True")
-    scale = (rates.mean(0) - rates.mean()).exp().tolist()
-    scale = dict(zip(map(id, model.parameters()), scale, strict=True))
-    return [g | {"params": [p], "peak_lr": g["peak_lr"] * scale[id(p)]} for g in groups for p in g["params"]]
+def check_divisible(cfg: Config, world_size: int):
+    if cfg.tasks_per_step % world_size == 0:
+        return
+    what = f"tasks_per_step={cfg.tasks_per_step} is no multiple of the {world_size} processes"
+    rows = cfg.batch_size * cfg.tasks_per_step
+    remedy = "change either"
+    if cfg.inner_steps == 0 and rows % world_size == 0:
+        same = f"--tasks_per_step={world_size} --batch_size={rows // world_size}"
+        remedy = f"{same} has as many rows in a step"
+    raise ValueError(f"{what}: {remedy}")
 
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} is not to be had here ({error}): leave it at 'auto'") from None
+        raise ValueError(f"no device {name!r} here ({error}): try --device=auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
-def load_checkpoint(path: Path, **changes) -> tuple[dict, GPT]:
-    """A checkpoint of ours or of nanoGPT's, and its model: tensors and plain values only, so no code in it can run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train first, or give the path of a ckpt.pt")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**ckpt["model_args"] | changes))
-        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items()})
-    except Exception as error:
-        what = f"{path} is cut short, or no checkpoint of a GPT ({type(error).__name__}: {str(error)[:200]})"
-        raise ValueError(f"{what}: use another one, such as ckpt_prev.pt beside it") from error
-    return ckpt, model
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} {device.type}"
 
 
-def check_checkpoint(ckpt: dict, args: dict, data: Dataset, cfg: Config):
-    """A run resumes as what it was; other weights need only have room for the data."""
-    old = ckpt["model_args"]
-    if cfg.init_from != "resume":
-        if old["vocab_size"] < data.meta["vocab_size"] or old["block_size"] < cfg.block_size:
-            size = f"{old['vocab_size']} ids and {old['block_size']} positions"
-            raise ValueError(f"{cfg.init_from} has {size}: too few here")
-        return
-    if missing := {"config", "learner", "optimizer", "dataset", *PROGRESS} - ckpt.keys():
-        what = f"the checkpoint in {cfg.out_dir} has weights but no {', '.join(sorted(missing))}"
-        raise ValueError(f"{what}: give its path as --init_from and another out_dir")
-    if ckpt["step"] > cfg.max_steps:
-        raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']} already: set max_steps to that, or to more")
-    was, now = dataclasses.asdict(Config()) | ckpt["config"], dataclasses.asdict(cfg)
-    old = old | {"dataset": ckpt["dataset"]["sha256"][:9]} | {key: was[key] for key in KEPT}
-    new = args | {"dataset": data.sha256[:9]} | {key: now[key] for key in KEPT}
-    if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
-        raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike, or use another out_dir")
+def to_device(xy, device: torch.device):
+    if device.type == "cuda":  # pinned memory is copied while the host goes on
+        return [t.pin_memory().to(device, non_blocking=True) for t in xy]
+    return [t.to(device) for t in xy]
 
 
-def save_checkpoint(run: Run, losses: dict | None = None):
-    """ckpt.pt, atomically; the one before stays as ckpt_prev.pt, the best on the tune domains as best.pt."""
-    cfg, out, model = run.cfg, Path(run.cfg.out_dir), run.learner.model
-    tune = [losses["loss"][d] for d, role in run.data.domains.items() if losses and role == "tune"]
-    mean = np.mean(tune).item() if tune else math.inf
-    keep = cfg.keep_interval and losses and 0 < run.step < cfg.max_steps and run.step % cfg.keep_interval == 0
-    names = ["best.pt"] * (mean < run.best) + [f"step_{run.step:06d}.pt"] * bool(keep) + ["ckpt.pt"]
-    run.best = min(mean, run.best)
-    learned = {k: v for k, v in run.learner.state_dict().items() if not k.startswith("model.")}
-    ckpt = {"model": model.state_dict(), "learner": learned, "optimizer": run.optimizer.state_dict()}
-    ckpt |= {"model_args": dataclasses.asdict(model.config), "config": dataclasses.asdict(cfg)}
-    ckpt |= {"dataset": {"name": cfg.dataset, "sha256": run.data.sha256, "tokenizer": run.data.meta["tokenizer"]}}
-    ckpt |= {key: getattr(run, key) for key in PROGRESS}
-    temporary = out / "ckpt.pt.tmp"
-    try:
-        for name in names:
-            torch.save(ckpt, temporary)
-            with open(temporary) as file:  # a machine that loses power may keep a rename and lose what was renamed
-                os.fsync(file.fileno())
-            if name == "ckpt.pt" and (out / name).exists():
-                os.replace(out / name, out / "ckpt_prev.pt")
-            os.replace(temporary, out / name)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        what = f"step {run.step}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]}). The one before is whole"
-        raise SystemExit(f"{what}: make room, then --init_from=resume") from None
+def catch_signals() -> list:
+    """A list that fills when the run is asked to stop. A second signal stops it at once."""
+    caught = []
+
+    def handle(number, frame):
+        if caught and time.monotonic() > caught[0] + 1:  # sooner it is an echo, as torchrun's is
+            raise SystemExit("stopped at once: the last checkpoint is whole")
+        caught.append(time.monotonic())
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send
+        signal.signal(number, handle)
+    return caught
 
 
-def open_log(run: Run, resumed: bool):
-    """Begin log.jsonl with the run's header, or cut it back to the checkpoint that the run resumes from."""
-    out, head, rows = Path(run.cfg.out_dir), header(run), []
-    path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
-    if path.exists() and resumed:
-        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # a line cut short has no end
-        rows = [r for r in rows if r.get("step", -1) < run.step or (r["kind"] == "adapt" and r["step"] == run.step)]
-        if rows and head["config"] != rows[0]["config"] | {"init_from": "resume"}:  # it goes on with other settings
-            rows[0] = head | {"before": rows[0]}
-    elif path.exists():  # nothing is lost: an earlier run steps aside
-        n = next(n for n in itertools.count(1) if not Path(f"{out}.{n}").exists())
-        out.rename(f"{out}.{n}")
-        print(f"the earlier run in {out} is now {out}.{n}")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows or [head]))
-    os.replace(temporary, path)
+def check_finite(cfg: Config, step: int, value: float, what: str):
+    if not math.isfinite(value):
+        remedy = "--init_from=resume with a lower learning_rate or inner_lr, or inner_clip=1"
+        raise SystemExit(
+            f"step {step}: {what} is not finite. The last checkpoint is whole: {remedy}"
+        )
 
 
-def header(run: Run) -> dict:
-    """The log's first row: what is needed to make the run again, and to read its log without the data."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = shutil.which("git") and subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    card = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{platform.machine()} {run.device.type}"
-    meta, model = run.data.meta, run.learner.model
-    sizes = {d: (sum(v.get("bytes", {}).values()), sum(v["tokens"].values())) for d, v in meta["domains"].items()}
-    dataset = {"name": run.cfg.dataset, "sha256": run.data.sha256, "roles": run.data.domains}
-    dataset |= {"tokenizer": meta["tokenizer"], "vocab_size": meta["vocab_size"]}
-    dataset |= {"bytes_per_token": {d: size / tokens for d, (size, tokens) in sizes.items() if size}}
-    row = {"kind": "run", "command": shlex.join(["python", "train.py", *sys.argv[1:]])}
-    row |= {"config": dataclasses.asdict(run.cfg), "commit": (git and git.stdout.strip()) or "unknown"}
-    row |= {"versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    row |= {"device": f"{run.world_size} x {card}", "params": sum(p.numel() for p in model.parameters())}
-    return row | {"flops_per_token": model.flops_per_token(run.cfg.block_size), "dataset": dataset}
+# --------------------------------------------------------------------------------------------------
+# what is printed, and the command line
 
 
-def append_row(out_dir: str, row: dict):
-    with open(Path(out_dir) / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# counting and telling
-
-
-def tokens_per_step(cfg: Config) -> int:
-    return cfg.tasks_per_step * cfg.batch_size * cfg.block_size
-
-
-def progress(cfg: Config, model: GPT, step: int, seconds: float) -> dict:
-    """Where a row stands: support tokens count like all others, and FLOPs as maml.py's lesson counts them."""
-    K, first = cfg.inner_steps, step if cfg.first_order else min(step, cfg.first_order_steps)
-    forwards = 3 * first + (12 * K + 3) / (K + 1) * (step - first)  # of the tokens of one step
-    flops = forwards * tokens_per_step(cfg) * model.flops_per_token(cfg.block_size)
-    return {"step": step, "tokens": step * tokens_per_step(cfg), "flops": flops, "seconds": round(seconds, 3)}
-
-
-def lr_factor(cfg: Config, step: int) -> float:
-    """Linear warm-up, then a cosine from 1 to min_lr / learning_rate at max_steps."""
-    if step < cfg.warmup_steps:
-        return (step + 1) / (cfg.warmup_steps + 1)
-    t = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    floor = cfg.min_lr / cfg.learning_rate
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
-
-
-def mfu(run: Run, flops_per_second: float) -> str:
-    """Model FLOPs utilisation, on cards whose dense bfloat16 peak we know."""
-    peaks = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12}
-    name = torch.cuda.get_device_name() if run.device.type == "cuda" else ""
-    peak = next((flops for card, flops in peaks.items() if card in name), None)
-    return f", {flops_per_second / peak / run.world_size:.1%} MFU" if peak else ""
-
-
-def one_line(run: Run, losses: dict) -> str:
-    """step 200 | train 2.310 -> 2.290 | ...: the mean by role, before -> after the learner's own inner steps."""
-    text, roles = f"step {run.step}", run.data.domains
-    for role in (role for role in ("train", "tune", "heldout") if role in roles.values()):
-        means = [np.mean([loss[d] for d in roles if roles[d] == role]) for loss in losses.values() if loss]
-        text += f" | {role} {' -> '.join(f'{mean:.3f}' for mean in means)}"
+def one_line(step: int, losses: dict, roles: dict) -> str:
+    """step 200 | train 2.310 | heldout 2.612 -> 2.404: means by role, theta's -> online."""
+    text = f"step {step}"
+    for role in ("train", "tune", "heldout"):
+        domains = [d for d in roles if roles[d] == role]
+        tables = [losses["loss"], losses["online"]] if role != "train" else [losses["loss"]]
+        means = [np.mean([table[d] for d in domains]) for table in tables if table and domains]
+        if means:
+            text += f" | {role} " + " -> ".join(f"{mean:.3f}" for mean in means)
     return text
 
 
-def summary(run: Run) -> str:
+def summary(cfg: Config, header: dict) -> str:
     """What is about to happen, in five lines; the progress bar adds the time it will take."""
-    cfg, model, roles = run.cfg, run.learner.model, [*run.data.domains.values()]
+    roles = [*header["dataset"]["roles"].values()]
     domains = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
-    rates = ", learned rates from" if cfg.learn_inner_lr else " at"
-    order = "first" if cfg.first_order else f"after {cfg.first_order_steps} steps second"
-    inner = f"{cfg.inner_steps} x {cfg.inner_optimizer}{rates} {cfg.inner_lr:g}, {order} order, {cfg.objective!r}"
-    total = progress(cfg, model, cfg.max_steps, 0)
-    return f"""data     {run.data.root}: domains: {domains}; {run.data.meta["tokenizer"]} tokens
-model    {sum(p.numel() for p in model.parameters()):,} parameters, {cfg.block_size} tokens of context
+    learned = f", learned by {cfg.learn_inner_lr}" if cfg.learn_inner_lr != "no" else ""
+    order = "first" if cfg.first_order else "second"
+    inner = f"{cfg.inner_steps} x {cfg.inner_optimizer} at {cfg.inner_lr:g}{learned}, {order} order"
+    total = count(cfg, header, header["spent_before"], cfg.max_steps, 0)
+    return f"""data     {cfg.dataset}: {domains} domains; {header["dataset"]["tokenizer"]} tokens
+model    {header["params"]:,} parameters, {cfg.block_size} tokens of context
 learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
-step     {cfg.tasks_per_step} x {cfg.batch_size} rows, {tokens_per_step(cfg):,} tokens, on {run.world_size} {run.device}
-total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs, into {cfg.out_dir}"""
+step     {cfg.tasks_per_step} {cfg.tasks} x {cfg.batch_size} rows, on {header["device"]}
+total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs"""
 
 
-def usage() -> str:
-    """The opening docstring, and Config's fields with their defaults and comments as they stand above."""
-    fields = [line.strip() for line in inspect.getsource(Config).split("def __post_init__")[0].splitlines()[2:]]
-    return __doc__ + "\n" + "\n".join(f"  --{f}" if f[:1].isalpha() else f for f in fields)
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def read_arguments(argv: list[str]) -> dict:
+    """Fields of Config from ['config/x.py', '--key=value', ...], later ones over earlier ones.
+
+    ValueError names a wrong value's type, and the nearest name of a key that does not exist.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    about = "What each flag means is said beside its default, in Config, at the top of train.py."
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("train.py", None, __doc__, about, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("config", nargs="*", help="Python files of assignments, config/*.py")
+    for name, field in fields.items():
+        kind = boolean if field.type is bool else field.type
+        kwargs = {"metavar": field.type.__name__, "default": argparse.SUPPRESS}
+        parser.add_argument(f"--{name}", type=kind, help=f"default {field.default!r}", **kwargs)
+    flags, unknown = parser.parse_known_args(argv)
+    for argument in unknown:
+        check_known(argument.lstrip("-").partition("=")[0], fields, "the command line")
+    flags, given = vars(flags), {}
+    for path in flags.pop("config"):
+        if not Path(path).is_file():
+            raise ValueError(f"no config file {path}: give a path such as config/maml_demo.py")
+        try:
+            values = runpy.run_path(path)  # in a namespace of its own
+        except Exception as error:
+            raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
+        for name, value in values.items():
+            if name[0] == "_" or isinstance(value, ModuleType):
+                continue
+            check_known(name, fields, path)
+            kind = fields[name].type
+            value = float(value) if kind is float and type(value) is int else value
+            if type(value) is not kind:
+                raise ValueError(f"{name} in {path} must be {kind.__name__}, not {value!r}")
+            given[name] = value
+    if flags.get("init_from") == "resume":  # what it began from stays on record
+        del flags["init_from"]
+        flags["resume"] = True
+    return given | flags
+
+
+def check_known(name: str, fields, where: str):
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown key {name!r} in {where}{hint}")
+
+
+def boolean(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        return print(usage())
     try:
-        run = start(load_config(argv))
+        train(read_arguments(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
-    try:
-        train(run)
-    except OSError as error:  # the system's: a full disk, no permission
-        raise SystemExit(f"train.py: {error}: mend that, then the same command with --init_from=resume") from None
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

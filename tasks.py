@@ -1,0 +1,211 @@
+"""What is read: token shards by source domain, and the draws of tasks from them.
+
+    data = Dataset("data/local", block_size=128, batch_size=16, tasks_per_step=4, tasks="passage")
+    x, y = data.task(step=0, task=0)  # (B, T) ids, and the ids that follow them
+
+Every draw is a pure function of (seed, step, task). So resuming needs no state but the step, evaluating cannot move
+training, and the number of processes does not change the data.
+"""
+
+import hashlib
+import json
+import string
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+TASKS = ("mixed", "domain", "passage")
+ROLES = ("train", "tune", "heldout")
+
+# --------------------------------------------------------------------------------------------------
+# the format, as prepare_data.py writes it
+
+
+def open_shard(path) -> np.ndarray:
+    """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if it is none or cut short."""
+    path = Path(path)
+    header = np.fromfile(path, np.int32, 3) if path.exists() else ()
+    if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
+        raise ValueError(
+            f"{path} is not a version {VERSION} token shard: prepare it with --overwrite"
+        )
+    tokens = int(header[2])
+    if tokens < 1 or path.stat().st_size != 4 * HEADER_INTS + 2 * tokens:
+        raise ValueError(f"{path} does not hold its {tokens} tokens: prepare it with --overwrite")
+    return np.memmap(path, np.uint16, "r", 4 * HEADER_INTS)
+
+
+shard = lru_cache(512)(open_shard)  # each holds a file handle: thousands must not exhaust them
+
+
+def read_meta(path: Path) -> dict:
+    """A dataset's meta.json; ValueError if it lacks something that is read from it."""
+    try:
+        meta = json.loads(path.read_bytes())
+        right = [type(meta["tokenizer"]) is str, meta["vocab_size"] in range(1, 2**16 + 1)]
+        for entry in meta["domains"].values():
+            right.append(entry["role"] in ROLES)
+            right += [type(entry["shards"][split]) is dict for split in ("train", "val")]
+            right += [type(entry["tokens"][split]) is int for split in ("train", "val")]
+        if not all(right):
+            raise TypeError("a value of the wrong type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        remedy = "prepare it with --overwrite"
+        raise ValueError(f"{path} is not as prepare_data.py wrote it ({why}): {remedy}") from None
+    return meta
+
+
+# --------------------------------------------------------------------------------------------------
+# tasks
+
+
+class Dataset:
+    """A prepared dataset. ValueError or FileNotFoundError say what is missing and how to make it."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        block_size: int,
+        batch_size: int = 1,
+        tasks_per_step: int = 1,
+        tasks: str = "mixed",
+        seed: int = 1,
+        permute_share: float = 0.0,
+    ):
+        self.root, self.T, self.batch_size = Path(root), block_size, batch_size
+        self.tasks_per_step, self.tasks, self.seed = tasks_per_step, tasks, seed
+        self.permute_share = permute_share
+        if not (self.root / "meta.json").is_file():
+            remedy = f"run python prepare_data.py {self.root.name}, or PATH --name {self.root.name}"
+            raise FileNotFoundError(f"no data at {self.root}: {remedy}")
+        self.meta = read_meta(self.root / "meta.json")
+        if permute_share and self.meta["tokenizer"] != "bytes":
+            raise ValueError(
+                "permute_share swaps letters, so it needs the bytes tokenizer: set it to 0"
+            )
+        self.roles = {d: entry["role"] for d, entry in self.meta["domains"].items()}
+        self.paths, self.ends = {}, {}  # by (domain, split): the shards, and where each ends
+        for d, entry in self.meta["domains"].items():
+            for split in ("train", "val"):
+                paths = [self.root / path for path in entry["shards"][split]]
+                self.paths[d, split] = paths
+                self.ends[d, split] = np.cumsum(
+                    [len(shard(path)) for path in paths], dtype=np.int64
+                )
+        self.train_domains = sorted(d for d, role in self.roles.items() if role == "train")
+        # What is trained on, by name and hash of content. The other roles are not part of it.
+        self.trained = {d: self.meta["domains"][d]["shards"]["train"] for d in self.train_domains}
+        self.sha256 = hashlib.sha256(json.dumps(self.trained, sort_keys=True).encode()).hexdigest()
+
+    def task(self, step: int, task: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, y (B, T) of one training task; which rows it has is decided by `tasks`:
+
+        'mixed': from anywhere; 'domain': from random places of one domain; 'passage': consecutive
+        windows of one domain, a text as it is read. A step covers the domains evenly.
+        """
+        B, draw = self.batch_size, rng(self.seed, "train", step, task)
+        if self.tasks == "mixed":
+            domains = self.step_domains(step, self.tasks_per_step * B)[task * B : (task + 1) * B]
+            counts = {d: domains.count(d) for d in sorted(set(domains))}
+            rows = np.concatenate([self.train_rows(d, n, draw) for d, n in counts.items()])
+            return batch(rows[draw.permutation(B)])
+        domain = self.step_domains(step, self.tasks_per_step)[task]
+        rows = self.train_rows(domain, B, draw, consecutive=self.tasks == "passage")
+        if draw.random() < self.permute_share:
+            rows = permute_alphabet(rows, draw)
+        return batch(rows)
+
+    def step_domains(self, step: int, n: int) -> list[str]:
+        """The domains of a step's n draws: none twice before all have come once, in random order."""
+        draw = rng(self.seed, "domains", step)
+        order = draw.permutation(len(self.train_domains))
+        return [self.train_domains[order[i % len(order)]] for i in draw.permutation(n)]
+
+    def train_rows(self, domain: str, n: int, draw, consecutive: bool = False) -> np.ndarray:
+        """n rows (n, T + 1) of a train split, no token predicted in two of them."""
+        length = self.length(domain, "train")
+        spare = length - 1 - n * self.T
+        if spare < 0:
+            few = f"domain {domain!r} has {length:,} train tokens, too few for {n} rows of {self.T}"
+            raise ValueError(f"{few}: lower block_size or batch_size, or give it more text")
+        offset = draw.integers(min(self.T, spare + 1))
+        blocks = (length - 1 - offset) // self.T
+        if consecutive:
+            picks = draw.integers(blocks - n + 1) + np.arange(n)
+        else:
+            picks = draw.choice(blocks, n, replace=False)
+        return np.stack([self.ids(domain, "train", offset + i * self.T) for i in picks])
+
+    def passages(self, domain: str, n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, y (n, rows, T): n passages of consecutive rows, evenly spaced over the val split.
+
+        The same at every call. A small split gives fewer passages, and one shorter passage at least.
+        """
+        blocks = (self.length(domain, "val") - 1) // self.T
+        if blocks < 1:
+            few = f"the val split of {domain!r} has no row of {self.T} tokens"
+            raise ValueError(f"{few}: lower block_size, or give it more text")
+        rows = min(rows, blocks)
+        n = min(n, blocks // rows)
+        firsts = np.linspace(0, blocks - rows, n).astype(int)
+        starts = (firsts[:, None] + np.arange(rows)) * self.T  # (n, rows)
+        return batch(
+            np.stack([[self.ids(domain, "val", s) for s in passage] for passage in starts])
+        )
+
+    def length(self, domain: str, split: str) -> int:
+        return int(self.ends[domain, split][-1]) if len(self.ends[domain, split]) else 0
+
+    def ids(self, domain: str, split: str, start: int) -> np.ndarray:
+        """T + 1 ids from `start` on, read across the borders of shards."""
+        paths, ends = self.paths[domain, split], self.ends[domain, split]
+        i, parts, missing = int(np.searchsorted(ends, start, side="right")), [], self.T + 1
+        while missing:
+            ids = shard(paths[i])
+            begin = start - (int(ends[i]) - len(ids))
+            parts.append(ids[begin : begin + missing])
+            start, missing, i = start + len(parts[-1]), missing - len(parts[-1]), i + 1
+        return np.concatenate(parts)
+
+
+def rng(*key: int | str) -> np.random.Generator:
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else k for k in key])
+
+
+def batch(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """(..., T + 1) ids -> inputs and next-token targets (..., T)."""
+    ids = torch.from_numpy(rows.astype(np.int64))
+    return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
+
+
+def permute_alphabet(rows: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Byte ids as if letters, and half of the time punctuation too, had changed places.
+
+    What the model knows of words is of no use then: it must learn from what it has just read.
+    """
+    table = np.arange(2**16)
+    order = draw.permutation(26)
+    table[ord("a") : ord("z") + 1] = ord("a") + order
+    table[ord("A") : ord("Z") + 1] = ord("A") + order
+    if draw.random() < 0.5:
+        marks = np.array([ord(mark) for mark in string.punctuation])
+        table[marks] = draw.permutation(marks)
+    return table[rows]
+
+
+def ahead(draw, keys: list[tuple]) -> Iterator:
+    """draw(*key) for each key, the next one drawn by a thread while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(draw, *key) for key in keys[:1]]
+        for following in [*keys[1:], None]:
+            done = pending.pop()
+            if following is not None:
+                pending.append(pool.submit(draw, *following))
+            yield done.result()
