@@ -15,47 +15,32 @@ counts once, before it was learned. Three rules of learning, for every checkpoin
 
 import argparse
 import json
-import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.func import vmap
 
 from maml import MAML, adamw
 from model import GPT
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
-from train import append_row, load_checkpoint, load_rates, pick_device, to_device
+from train import append_row, load_checkpoint, load_rates, pick_device
 
-ADAMW = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # where the search begins
-SEARCH = [("lr", (5e-4, 2e-3, 2.5e-4)), ("steps", (2, 4)), ("lr", (5e-4, 2.5e-4, 1e-3, 2e-3))]
-SEARCH += [("frozen", (True,)), ("lr", (5e-4, 1e-3, 2e-3, 4e-3)), ("beta2", (0.99,))]
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
-SIDE_BY_SIDE = 100e6  # parameters of all passages that are learned at once, to bound memory
+START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the search for AdamW's best
+SIDE_BY_SIDE = 50e6  # parameters that passages read at once may have together, to bound memory
 
 # --------------------------------------------------------------------------------------------------
-# reading
+# reading: the learner's own inner loop, passages side by side
 
 
-def rule_none(model: GPT, ckpt: dict):
-    return MAML(model, inner_steps=0), 0
-
-
-def rule_adamw(model: GPT, ckpt: dict, lr: float, steps: int, frozen: bool, beta2: float):
-    for name in EMBEDDINGS:
-        model.get_parameter(name).requires_grad_(not frozen)
-    learner = MAML(model, 1, lr, "adamw", inner_clip=1.0)
-    learner.update = partial(adamw, beta2=beta2)
-    return learner, steps
-
-
-def rule_own(model: GPT, ckpt: dict):
+def own_learner(model: GPT, ckpt: dict) -> MAML:
+    """The inner loop that the checkpoint was trained with, and the rates it has learned."""
     cfg = ckpt["config"]
     learner = MAML(
         model,
-        inner_steps=1,
         inner_lr=cfg["inner_lr"],
         inner_optimizer=cfg["inner_optimizer"],
         learn_inner_lr=cfg["learn_inner_lr"],
@@ -64,23 +49,236 @@ def rule_own(model: GPT, ckpt: dict):
         inner_warmup=cfg["inner_warmup"],
     )
     load_rates(learner, ckpt["learner"])
-    return learner, 1
+    return learner
 
 
-RULES = {"none": rule_none, "adamw": rule_adamw, "own": rule_own}
+def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
+    for name, p in model.named_parameters():
+        p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
+    learner = MAML(model, inner_lr=lr, inner_optimizer="adamw", inner_clip=1.0)
+    model.requires_grad_(True)
+    learner.update = partial(adamw, beta2=beta2)
+    return learner
 
 
 @torch.no_grad()
-def read(rule: str, model: GPT, ckpt: dict, x, y, **options) -> tuple[np.ndarray, dict]:
-    """The loss of each row of passages x, y (P, R, T) before it was learned, (P, R), and phi."""
-    for p in model.parameters():
-        p.requires_grad_(True)
-    learner, steps = RULES[rule](model, ckpt, **options)
-    learner, device = learner.to(x.device), x.device
-    if steps == 0:
-        theta = learner.theta()
-        rows = [[learner.loss(theta, a[None], b[None]) for a, b in zip(*xy)] for xy in zip(x, y)]
-        return np.array([[loss.item() for loss in passage] for passage in rows]), theta
-    n = max(1, int(SIDE_BY_SIDE // sum(p.numel() for p in model.parameters())))
-    parts = [learner.read(*part, steps) for part in zip(x.split(n), y.split(n))]
-    return torch.cat([losses for losses, _ in parts]).cpu().numpy(), parts[-1][1]
+def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
+    """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned; and phi."""
+    if rule == "none":
+        learner = MAML(model, inner_steps=0)
+        rows = (t.flatten(0, 1).unsqueeze(1) for t in (x, y))  # (P * R, 1, T)
+        losses = vmap(learner.loss, (None, 0, 0), chunk_size=64)(learner.theta(), *rows)
+        return losses.view(x.shape[:2]).cpu().numpy(), learner.theta()
+    learner = own_learner(model, ckpt) if rule == "own" else adamw_learner(model, **options)
+    n = max(1, int(SIDE_BY_SIDE / sum(p.numel() for p in model.parameters())))
+    parts = zip(x.split(n), y.split(n), strict=True)
+    results = [learner.to(x.device).read(*part, repeat=steps) for part in parts]
+    return torch.cat([losses for losses, _ in results]).cpu().numpy(), results[-1][1]
+
+
+def best_adamw(measure) -> dict:
+    """Options of AdamW from which no single change lowers `measure`, a loss; hill climbing."""
+    tried = {}
+
+    def loss(options):
+        key = tuple(options.values())
+        tried[key] = tried[key] if key in tried else measure(options)
+        return tried[key] if np.isfinite(tried[key]) else np.inf
+
+    best, moved = START, True
+    while moved:
+        lr, steps = best["lr"], best["steps"]
+        changes = [{"lr": lr / 2}, {"lr": 2 * lr}]
+        if steps < 4:
+            changes += [{"steps": 2 * steps, "lr": lr / 2}, {"steps": 2 * steps}]
+        changes += [
+            {"frozen": not best["frozen"]},
+            {"beta2": 0.99 if best["beta2"] < 0.99 else 0.95},
+        ]
+        moved = False
+        for change in changes:
+            if loss(best | change) < loss(best):
+                best, moved = best | change, True
+                break
+    return best
+
+
+def tokens_needed(curve, level: float, T: int) -> float:
+    """Tokens read when the later half of what was read is predicted as well as `level`; inf: never.
+
+    curve: the mean loss of each row, (R,).
+    """
+    for n in range(2, len(curve) + 1):
+        if np.mean(curve[n // 2 : n]) <= level:
+            return n * T
+    return np.inf
+
+
+# --------------------------------------------------------------------------------------------------
+# the unseen domains of a dataset, or a text of one's own
+
+
+def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
+    """Reads val passages of unseen domains by each rule, appends the rows to the log, prints them."""
+    cfg, log = ckpt["config"], path.parent / "log.jsonl"
+    T = cfg["block_size"]
+    data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
+    if data.meta["tokenizer"] != ckpt["dataset"]["tokenizer"]:
+        raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
+    trained = {
+        sha256 for shards in ckpt["dataset"]["shards"].values() for sha256 in shards.values()
+    }
+    passages, rows = {}, -(-args.tokens // T)
+    for domain, entry in data.meta["domains"].items():
+        if not trained & set(entry["shards"]["train"].values()):
+            xy = data.passages(domain, args.passages, rows)
+            passages[domain] = [t.to(device) for t in xy]  # (P, R, T)
+    if not passages:
+        raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
+    tune = [d for d in passages if data.roles[d] == "tune"]
+    heldout = [d for d in passages if d not in tune] or tune
+
+    def on_tune(options):
+        losses = [read(model, ckpt, "adamw", *passages[d], **options)[0] for d in tune]
+        return np.mean([loss.mean() for loss in losses])
+
+    options = {rule: {} for rule in args.rules or rules_of(ckpt)}
+    if "adamw" in options:
+        options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
+        print(f"adamw with {options['adamw']}, best on {', '.join(tune) or 'the tune domains'}")
+    curves = {}  # by (rule, domain): (R,)
+    at = {"kind": "adapt", "step": ckpt["step"], **ckpt["spent"], "dataset": data.root.name}
+    for rule, chosen in options.items():
+        for domain, xy in passages.items():
+            losses, _ = read(model, ckpt, rule, *xy, **chosen)  # (P, R)
+            row = {"domain": domain, "role": "tune" if domain in tune else "heldout", "rule": rule}
+            row |= {"options": chosen, "row_tokens": T, "passages": len(losses)}
+            row |= {"loss": losses.mean(0).round(4).tolist()}
+            row |= {"by_passage": losses.mean(1).round(4).tolist()}
+            append_row(path.parent, at | row)
+            curves[rule, domain] = np.array(row["loss"])
+    for domain in passages:
+        table(domain, {rule: curves[rule, domain] for rule in options}, T, len(losses))
+    mean = {rule: np.mean([curves[rule, d] for d in heldout], 0) for rule in options}
+    if len(heldout) > 1:
+        table("mean of " + ", ".join(heldout), mean, T, args.passages)
+    print_fewer_examples(mean, T)
+
+
+def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):
+    """Reads a text from its first row to its last, and shows a sample before and after."""
+    tokenizer = get_tokenizer(ckpt.get("dataset", {}).get("tokenizer", "gpt2"))  # nanoGPT's
+    ids = np.array(tokenizer.encode_ordinary(Path(args.text).read_text(encoding="utf-8")))
+    if ids.max(initial=0) >= model.config.vocab_size:
+        few = f"{path} knows {model.config.vocab_size} ids, fewer than {tokenizer.name} has"
+        raise ValueError(f"{few}: use a checkpoint that was trained on its tokens")
+    T = min(model.config.block_size, len(ids) // 8)  # a short text is cut into short rows
+    if T < 4:
+        raise ValueError(f"{args.text} has only {len(ids)} tokens: give at least 32")
+    rows = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::T]  # (R, T + 1)
+    x, y = (t.to(device) for t in batch(rows[None]))
+    options = {rule: {} for rule in args.rules or rules_of(ckpt)}
+    if "adamw" in options:
+        options["adamw"] = chosen_adamw(path.parent / "log.jsonl")
+    curves = {}
+    for rule, chosen in options.items():
+        losses, phi = read(model, ckpt, rule, x, y, **chosen)
+        curves[rule] = losses[0]
+    table(args.text, curves, T, 1)
+    print_fewer_examples(curves, T)
+    print(f"\nbefore:\n{sample(model, tokenizer, args, device)}")
+    model.load_state_dict(
+        {n: p.reshape(model.get_parameter(n).shape) for n, p in phi.items()}, strict=False
+    )
+    print(f"\nafter reading by {rule!r}:\n{sample(model, tokenizer, args, device)}")
+    if args.save:
+        kept = {key: value for key, value in ckpt.items() if key != "optimizer"}
+        Path(args.save).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(kept | {"model": model.state_dict()}, args.save)
+        print(f"\nsaved: python adapt.py {args.save} --text FILE goes on from here")
+
+
+def rules_of(ckpt: dict) -> list[str]:
+    """Those that a checkpoint can be read by; the last is the one that a text is learned by."""
+    return (
+        ["none", "adamw", "own"] if ckpt.get("config", {}).get("inner_steps") else ["none", "adamw"]
+    )
+
+
+def chosen_adamw(log: Path) -> dict:
+    """What adapting this run to its own tune domains chose, or the options that search begins with."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    chosen = [row["options"] for row in rows if row.get("rule") == "adamw"]
+    return chosen[-1] if chosen else START
+
+
+def sample(model: GPT, tokenizer, args, device) -> str:
+    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+    dice = torch.Generator(device).manual_seed(args.seed)
+    ids = model.generate(
+        torch.tensor([prompt], device=device), args.max_new_tokens, args.temperature, 200, dice
+    )
+    known = [i for i in ids[0].tolist() if i < tokenizer.n_vocab]  # the model's ids are padded
+    return tokenizer.decode(known, errors="replace")
+
+
+# --------------------------------------------------------------------------------------------------
+# what is printed, and the command line
+
+
+def table(title: str, curves: dict, T: int, passages: int):
+    """The mean loss of each rule, and its means by tokens read: up to an eighth, a fourth, a half."""
+    R = len(next(iter(curves.values())))
+    edges = sorted({0, R // 8, R // 4, R // 2, R})
+    heads = [f"{'0' if low == 0 else ''}-{high * T:,}" for low, high in zip(edges, edges[1:])]
+    print(f"\n{title}: nats per token, {passages} passages")
+    print(f"{'rule':8}{'mean':>9}" + "".join(f"{head:>10}" for head in heads))
+    for rule, curve in curves.items():
+        means = [curve.mean(), *(curve[a:b].mean() for a, b in zip(edges, edges[1:]))]
+        print(f"{rule:8}{means[0]:9.3f}" + "".join(f"{mean:10.3f}" for mean in means[1:]))
+
+
+def print_fewer_examples(curves: dict, T: int):
+    if "own" in curves and "adamw" in curves:
+        end = len(curves["adamw"])
+        n = tokens_needed(curves["own"], curves["adamw"][end // 2 :].mean(), T)
+        print(
+            f"own is after {n:,} tokens where adamw is after {end * T:,}: {end * T / n:.1f}x fewer"
+        )
+
+
+def main(argv: list[str] | None = None):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("run", help="the folder of a run, or a checkpoint's path")
+    parser.add_argument("--rules", nargs="+", choices=["none", "adamw", "own"], help="default: all")
+    parser.add_argument("--dataset", help="whose domains are read; default: the run's own")
+    parser.add_argument("--data_dir", help="where the dataset is, if it was moved")
+    parser.add_argument("--passages", type=int, default=16, help="of each domain")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each passage")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--text", help="a UTF-8 file to read instead; nanoGPT's checkpoints can, too"
+    )
+    parser.add_argument("--save", help="where the parameters that have learned the text go")
+    parser.add_argument("--prompt", default="\n", help="how the samples begin")
+    parser.add_argument("--max_new_tokens", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=1, help="of the samples")
+    args = parser.parse_args(argv)
+    try:
+        path = Path(args.run)
+        path = path if path.suffix == ".pt" else path / "ckpt.pt"
+        ckpt, model = load_checkpoint(path)
+        device = pick_device(args.device)
+        adapt = adapt_to_text if args.text else adapt_to_domains
+        if not args.text and "spent" not in ckpt:
+            raise ValueError(f"{path} does not say what it was trained on: give a --text to read")
+        adapt(args, path, model.to(device), ckpt, device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"adapt.py: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Turns text into token shards, one folder per domain, which tasks.py maps into memory.
 
-    python prepare_data.py                                 # text found on this machine -> data/local
+    python prepare_data.py                                 # text of this machine -> data/local
     python prepare_data.py PATH --name mine --heldout a,b  # your own folder or file
     python prepare_data.py common_pile --max_tokens 1e9    # a corpus on the Hugging Face hub
     python prepare_data.py --hf NAME --domain_field a.b    # any other one
@@ -10,9 +10,8 @@ In a folder, each subfolder of text files is a domain, and so is each *.txt, *.j
 *.parquet beside them. A subfolder of llm.c's or modded-nanogpt's shards is a domain as it is.
 
 data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, count), then uint16 ids, the
-end-of-text id before each document. data/<name>/meta.json describes them and is written last.
-A run killed at any moment goes on when the same command is given again: progress.json names what is
-finished, and a domain that was being written starts anew.
+end-of-text id before each document. data/<name>/meta.json describes them and is written last. A run
+that was killed goes on when the same command is given again, with the domain that was not finished.
 """
 
 import argparse
@@ -22,12 +21,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shutil
 import sysconfig
 import zlib
-from array import array
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,19 +40,18 @@ from tasks import HEADER_INTS, MAGIC, VERSION, open_shard, read_meta
 SHARD_TOKENS = 100_000_000  # 200 MB a file
 MAX_DOCUMENT = 2**18  # characters; longer ones are cut at line ends, to keep memory flat
 EOT = "<|endoftext|>"
-UNITS = ("documents", "bytes", "tokens")
-
+dumps = functools.partial(json.dumps, indent=1, sort_keys=True)
 COMMON_PILE = """arxiv_abstracts arxiv_papers biodiversity_heritage_library caselaw_access_project
 cccc data_provenance_initiative doab foodista github_archive library_of_congress libretexts news
 oercommons peS2o pre_1929_books pressbooks project_gutenberg public_domain_review pubmed
 python_enhancement_proposals regulations stackexchange stackv2_edu stackv2_html ubuntu_irc
 uk_hansard usgpo uspto wikimedia wikiteam youtube"""
-HUB = {  # datasets, and the field of a record that names its domain
-    "common_pile": ([f"common-pile/{d}_filtered" for d in COMMON_PILE.split()], None),
-    "slimpajama": (["DKYoon/SlimPajama-6B"], "meta.redpajama_set_name"),
-    "pile_uncopyrighted": (["monology/pile-uncopyrighted"], "meta.pile_set_name"),
+HUB = {  # {domain: dataset}, or {"": dataset} and the field of a record that names its domain
+    "common_pile": ({d: f"common-pile/{d}_filtered" for d in COMMON_PILE.split()}, None),
+    "slimpajama": ({"": "DKYoon/SlimPajama-6B"}, "meta.redpajama_set_name"),
+    "pile_uncopyrighted": ({"": "monology/pile-uncopyrighted"}, "meta.pile_set_name"),
 }
-LOCAL = dict(torch="torch_code", sympy="sympy_code")
+LOCAL = {"torch": "torch_code", "sympy": "sympy_code"}  # the domain of an installed package's code
 LOCAL |= dict.fromkeys(("numpy", "matplotlib", "networkx", "mpmath", "PIL"), "science_code")
 # Held out is what no other domain resembles: adapting to it is learning and not remembering.
 # 'tune', where the rates of adapting are chosen, is the next farthest, and not trained on either.
@@ -100,17 +98,22 @@ def run(args):
     source = args.hf or (args.source if args.source in ROLES else path.name)
     root = Path(args.data_dir) / (args.name or re.sub(r"\W", "_", source.split(".")[0]))
     if args.verify:
-        return verify(root)
-    hub = ([args.hf], args.domain_field) if args.hf else HUB.get(source)
-    inputs = [hub, args.text_field, args.data_files, args.max_mb]
+        return print_table(verify(root))
+    hub, inputs = HUB.get(source), [args.max_mb, args.text_field, args.data_files]
+    if args.hf:
+        own = "" if args.domain_field else args.hf.split("/")[-1]
+        hub = ({own: args.hf}, args.domain_field)
     if hub:
-        streams = hub_streams(*hub, args.text_field, args.data_files)
+        inputs.append(hub)
+        options = (hub[1], args.text_field, args.data_files)
+        streams = {d: read_hub(d, name, *options) for d, name in hub[0].items()}
     elif source == "local":
-        streams = local_streams(args.max_mb * 1e6)
+        streams = read_local(args.max_mb * 1e6)
     else:
         files = find_files(path)
         inputs += [[d, p.name, p.stat().st_size] for d, paths in files.items() for p in paths]
-        streams = {d: read_files(d, paths, args.text_field) for d, paths in files.items()}
+        shards = {d: [p for p in paths if p.suffix == ".bin"] for d, paths in files.items()}
+        streams = {d: shards[d] or read_files(d, files[d], args.text_field) for d in files}
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hub else 0.1}
     command["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -118,13 +121,12 @@ def run(args):
         if root.resolve() in (path, *path.parents):
             raise SystemExit(f"{root} holds the text itself: choose another --name")
         shutil.rmtree(root)
-
     meta = prepare(root, command, streams, args.workers)
-    presets = {d: r for r, names in ROLES.get(source, {}).items() for d in names.split(",")}
-    before = {d: e.get("role", presets.get(d, "train")) for d, e in meta["domains"].items()}
+    default = {d: r for r, names in ROLES.get(source, {}).items() for d in names.split(",")}
+    before = {d: e.get("role", default.get(d, "train")) for d, e in meta["domains"].items()}
     for d, role in choose_roles(before, args).items():
         meta["domains"][d]["role"] = role
-    write(root / "meta.json", as_json(meta))
+    write(root / "meta.json", dumps(meta))
     for name in ("progress.json", "seen.tmp"):
         (root / name).unlink(missing_ok=True)
     print_table(meta)
@@ -144,21 +146,25 @@ def choose_roles(before: dict[str, str], args) -> dict[str, str]:
     return roles
 
 
-def verify(root: Path):
+def verify(root: Path) -> dict:
     if not (root / "meta.json").exists():
         raise SystemExit(f"no complete dataset at {root}: run the same command without --verify")
     meta = read_meta(root / "meta.json")
     for entry in meta["domains"].values():
         for path, digest in (entry["shards"]["train"] | entry["shards"]["val"]).items():
-            if read_shard(root / path)[0] != digest:
+            if not len(open_shard(root / path)) or sha256(root / path) != digest:
                 raise SystemExit(f"{root / path} has changed: prepare it again with --overwrite")
-    print_table(meta)
+    return meta
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
 def print_table(meta: dict):
     print(f"{'domain':30}{'role':>9}{'documents':>12}{'tokens':>16}{'bytes/token':>13}  skipped")
     for d, entry in sorted(meta["domains"].items()):
-        documents, size, tokens = (sum(entry[unit].values()) for unit in UNITS)
+        documents, size, tokens = (sum(entry[u].values()) for u in ("documents", "bytes", "tokens"))
         skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(entry["skipped"].items()))
         row = f"{d:30}{entry['role']:>9}{documents:12,}{tokens:16,}{size / tokens:13.2f}"
         print(f"{row}  {skipped}")
@@ -168,7 +174,7 @@ def print_table(meta: dict):
 # documents: {domain: its (domain, text) pairs}, the same at every run; text is None if malformed
 
 
-def local_streams(most: float) -> dict:
+def read_local(most: float) -> dict:
     """Code of the installed packages, their headers, stubs and tests, and the manual of Python."""
     roots = {sysconfig.get_paths()["stdlib"]: "python_code"}
     for package, domain in LOCAL.items():
@@ -182,25 +188,21 @@ def local_streams(most: float) -> dict:
                 continue
             if path.suffix == ".h" and "ops" in inside:
                 continue  # thousands of headers from one template
-            kinds = {".py": "tests" if inside & {"test", "tests"} else code}
-            kinds |= {".pyi": "type_stubs", ".h": "cpp_headers"}
-            if path.suffix in kinds:
-                files[kinds[path.suffix]].append(path)
-    streams = {d: sample(d, paths, most) for d, paths in sorted(files.items())}
+            domains = {".py": code, ".pyi": "type_stubs", ".h": "cpp_headers"}
+            if inside & {"test", "tests"}:
+                domains[".py"] = "tests"
+            if domain := domains.get(path.suffix):
+                files[domain].append(path)
+    for paths in files.values():  # in the order of their hash: not the first of the alphabet
+        paths.sort(key=lambda path: hashlib.sha256(path.read_bytes()).digest())
+        ends = np.cumsum([path.stat().st_size for path in paths])
+        del paths[np.searchsorted(ends, most) + 1 :]
+    streams = {d: read_files(d, files[d], "") for d in sorted(files)}
     if importlib.util.find_spec("pydoc_data"):
         from pydoc_data.topics import topics
 
         streams["python_docs"] = (("python_docs", text) for _, text in sorted(topics.items()))
     return streams
-
-
-def sample(domain: str, paths: list[Path], most: float):
-    """Files in the order of their hash, and not the first of the alphabet."""
-    for path in sorted(paths, key=lambda path: hashlib.sha256(path.read_bytes()).digest()):
-        if most > 0:
-            text = path.read_text(encoding="utf-8", errors="surrogateescape")
-            most -= len(text)
-            yield domain, text
 
 
 def find_files(folder: Path) -> dict[str, list[Path]]:
@@ -220,7 +222,7 @@ def read_files(domain: str, paths: list[Path], text_field: str):
     """Documents are lines of JSON, rows of parquet, or the text between <|endoftext|> lines."""
     for path in paths:
         if path.suffix == ".parquet":
-            yield from read_hub("parquet", domain, None, text_field, str(path))
+            yield from read_hub(domain, "parquet", None, text_field, str(path))
             continue
         opened = gzip.open if path.suffix == ".gz" else open
         try:  # surrogateescape: a byte that is not UTF-8 spoils its document, not the whole file
@@ -235,25 +237,18 @@ def read_files(domain: str, paths: list[Path], text_field: str):
             raise SystemExit(f"{path}: {error}: {remedy}") from None
 
 
-def hub_streams(names: list[str], field, text_field: str, data_files) -> dict:
-    """Each dataset is a domain, unless a field names it: then '' is a stream of many domains."""
-    own = {clean(name.split("/")[-1].removesuffix("_filtered")): name for name in names}
-    own = {"": names[0]} if field else own
-    return {d: read_hub(name, d, field, text_field, data_files) for d, name in own.items()}
-
-
-def read_hub(name: str, domain: str, field, text_field: str, data_files):
+def read_hub(domain: str, name: str, field: str | None, text_field: str, data_files):
+    """The records of a dataset on the Hugging Face hub, streamed."""
     try:
         from datasets import load_dataset
+
+        for record in load_dataset(name, data_files=data_files, split="train", streaming=True):
+            found = clean(string_at(field, record) or "") if field else domain
+            yield found, string_at(text_field, record)
     except ImportError:
         raise SystemExit("this source needs the datasets package: pip install datasets") from None
-    try:
-        for record in load_dataset(name, data_files=data_files, split="train", streaming=True):
-            found = string_at(field, record) if field else domain
-            yield clean(found or ""), string_at(text_field, record) if found else None
     except Exception as error:  # the hub, the network and the readers each raise their own
-        why = f"{name}: {type(error).__name__}: {error}"
-        raise SystemExit(f"{why}: the same command goes on from here") from None
+        raise SystemExit(f"{name}: {error!r}: the same command goes on from here") from None
 
 
 def string_at(field: str, record: dict | str) -> str | None:
@@ -280,7 +275,7 @@ def pieces(file, separator: str | None = None):
 
 
 def clean(domain: str) -> str:
-    """A name for a folder, and for a list separated by commas."""
+    """The name as one of a folder, and of a list separated by commas."""
     return re.sub(r"[/\\,]", "_", domain).strip(". ") or "unknown"
 
 
@@ -293,42 +288,42 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     """'gpt2', 'bytes' (256 bytes and end of text), or another of tiktoken's that fits uint16."""
     if name == "bytes":
         ranks, special = {bytes([i]): i for i in range(256)}, {EOT: 256}
-        return tiktoken.Encoding(
-            name, pat_str="(?s).{1,64}", mergeable_ranks=ranks, special_tokens=special
-        )
+        options = dict(pat_str="(?s).{1,64}", mergeable_ranks=ranks, special_tokens=special)
+        return tiktoken.Encoding(name, **options)
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError):  # no network, or no such name
         remedy = "use bytes, or gpt2 and connect once"
         raise SystemExit(f"cannot get the encoding {name!r}: {remedy}") from None
     if encoding.n_vocab > 2**16:
-        raise SystemExit(f"the ids of {name} are more than the shards' uint16: use gpt2 or bytes")
+        raise SystemExit(f"{name} has too many ids for the shards' uint16: use gpt2 or bytes")
     return encoding
 
 
 def encode_all(documents, encoding: tiktoken.Encoding, pool: ThreadPoolExecutor):
-    """(domain, hash, ids) of each document in order; threads encode some ahead (tiktoken is Rust)."""
+    """(domain, hash, ids) in the order of the documents; threads go ahead, for tiktoken is Rust."""
     pending = deque()
     for domain, text in documents:
         long = text is not None and len(text) > MAX_DOCUMENT
         for piece in pieces(io.StringIO(text)) if long else [text]:
-            pending.append(pool.submit(encode, domain, piece, encoding))
+            if piece is None or piece.strip():
+                pending.append(pool.submit(encode, domain, piece, encoding))
         while len(pending) > 256:
             yield pending.popleft().result()
     yield from (future.result() for future in pending)
 
 
 def encode(domain: str, text: str | None, encoding: tiktoken.Encoding) -> tuple:
-    """The domain, the hash of the text (None if it is malformed) and its ids, end of text first."""
+    """The domain, a hash of the text (None if malformed) and its ids, an end-of-text id first."""
     try:
         data = text.encode()
     except (AttributeError, UnicodeEncodeError):  # None, or what surrogateescape let through
         return domain, None, ()
-    number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     if encoding.name == "bytes":  # the same ids, a hundred times faster
         ids = np.frombuffer(data, np.uint8)
     else:  # '<|endoftext|>' inside a text is ordinary text
         ids = encoding.encode_to_numpy(text, disallowed_special=())
+    number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
     return domain, number, np.append(encoding.eot_token, ids).astype(np.uint16)
 
 
@@ -340,16 +335,16 @@ def prepare(root: Path, command: dict, streams: dict, workers: int) -> dict:
     """Makes the dataset that `command` describes, or the rest of it; returns its meta."""
     encoding = get_tokenizer(command["tokenizer"])
     found = [path for path in (root / "meta.json", root / "progress.json") if path.exists()]
-    if not found and any(path.suffix != ".tmp" for path in root.glob("*")):
-        raise SystemExit(f"{root} holds something else: choose another --name")
     if found:
         meta = json.loads(found[0].read_bytes())
+    elif any(path.suffix != ".tmp" for path in root.glob("*")):
+        raise SystemExit(f"{root} holds something else: choose another --name")
     else:
         meta = {"name": root.name, "tokenizer": encoding.name, "vocab_size": encoding.n_vocab}
         meta |= {"eot": encoding.eot_token, "command": command, "domains": {}}
         meta |= {"finished": [], "seen": 0}  # streams, and how many hashes are in seen.tmp
         root.mkdir(parents=True, exist_ok=True)
-        write(root / "progress.json", as_json(meta))
+        write(root / "progress.json", dumps(meta))
     if meta.get("command") != command:
         mistake = f"{root} was made otherwise or of other text"
         raise SystemExit(f"{mistake}: pass --overwrite or another --name")
@@ -361,8 +356,120 @@ def prepare(root: Path, command: dict, streams: dict, workers: int) -> dict:
     hashes = root / "seen.tmp"
     hashes.touch()
     os.truncate(hashes, 8 * meta["seen"])
-    seen = dict.fromkeys(np.fromfile(hashes, np.uint64).tolist())  # a set that keeps the order
+    seen = dict.fromkeys(np.fromfile(hashes, np.uint64).tolist())  # a set that keeps its order
     with ThreadPoolExecutor(workers) as pool:
-        for name in streams.keys() - meta["finished"]:
-            pass
-    return meta
+        for name in [name for name in streams if name not in meta["finished"]]:
+            if isinstance(streams[name], list):  # shards that others have made
+                val = [path for path in streams[name] if "val" in path.name] or streams[name][-1:]
+                train = [path for path in streams[name] if path not in val]
+                entries = {name: describe(root, encoding, {"train": train, "val": val})}
+            else:
+                entries = read_stream(root, name, streams[name], seen, encoding, command, pool)
+            meta["domains"] |= entries
+            with open(hashes, "ab") as file:
+                np.array(list(seen)[meta["seen"] :], np.uint64).tofile(file)
+                os.fsync(file.fileno())
+            meta["seen"] = len(seen)
+            meta["finished"].append(name)
+            write(root / "progress.json", dumps(meta))
+    if not meta["domains"]:
+        shutil.rmtree(root)
+        remedy = "give a folder of text, *.txt, *.jsonl or *.parquet, or the right --text_field"
+        raise SystemExit(f"no text in {command['source']}: {remedy}")
+    return {key: value for key, value in meta.items() if key not in ("finished", "seen")}
+
+
+def read_stream(root: Path, name: str, stream, seen: dict, encoding, command, pool) -> dict:
+    """Makes the shards of a stream's domains and returns their entries in meta.json.
+
+    What is dropped is decided in the order of the stream: threads may run ahead as they like.
+    """
+    starts, tokens, skipped, full = defaultdict(list), Counter(), defaultdict(Counter), set()
+    left = (document for document in tqdm(stream, name, disable=None) if document[0] not in full)
+    for domain, number, ids in encode_all(left, encoding, pool):
+        if domain in full:
+            continue
+        if number is None or number in seen:
+            skipped[domain]["malformed" if number is None else "duplicate"] += 1
+            continue
+        seen[number] = None  # once over all domains, or a held-out text may be trained on
+        (root / domain).mkdir(exist_ok=True)
+        with open(root / domain / "ids.tmp", "ab") as file:
+            file.write(ids)
+        starts[domain].append(tokens[domain])
+        tokens[domain] += len(ids)
+        if tokens[domain] >= (command["max_tokens"] or math.inf):
+            full.add(domain)
+            if domain == name:
+                break  # others may follow only in a stream of many domains
+    entries = {}
+    for domain in starts:
+        ids = np.memmap(root / domain / "ids.tmp", np.uint16, "r")
+        end = first_of_val(ids, np.array(starts[domain]), encoding, command["val_share"])
+        val = ids[end:] if ids[end] == encoding.eot_token else np.append(ids[:1], ids[end:])
+        splits = {"train": write_shards(root / domain / "train", ids[:end])}
+        splits["val"] = write_shards(root / domain / "val", val)
+        entries[domain] = describe(root, encoding, splits) | {"skipped": skipped[domain]}
+        os.remove(root / domain / "ids.tmp")
+    return entries
+
+
+def first_of_val(ids, starts, encoding: tiktoken.Encoding, share: float) -> int:
+    """The start of a document, or else of a line, in the last half, where val has its share."""
+    end, half = int(len(ids) * (1 - share)), len(ids) // 2
+    if not (starts > half).any():  # the last document is most of the domain
+        starts = np.flatnonzero(ids[:-1] == encoding.encode_ordinary("\n")[0]) + 1
+    starts = starts[starts > half]
+    if len(starts):
+        return int(starts[np.abs(starts - end).argmin()])
+    while end > 1 and encoding.decode_single_token_bytes(int(ids[end]))[0] >> 6 == 0b10:
+        end -= 1  # such a byte continues a character
+    return end
+
+
+def write_shards(stem: Path, ids: np.ndarray) -> list[Path]:
+    paths = []
+    for start in range(0, len(ids), SHARD_TOKENS):
+        part = ids[start : start + SHARD_TOKENS]
+        header = np.zeros(HEADER_INTS, np.int32)
+        header[:3] = MAGIC, VERSION, len(part)
+        paths.append(Path(f"{stem}_{len(paths):06d}.bin"))
+        write(paths[-1], header, part)
+    return paths
+
+
+def describe(root: Path, encoding: tiktoken.Encoding, splits: dict[str, list[Path]]) -> dict:
+    """A domain's entry in meta.json, read back from its shards, whoever wrote them."""
+    entry = {key: {} for key in ("skipped", "documents", "bytes", "tokens", "shards")}
+    for split, paths in splits.items():
+        counts = np.zeros(2**16, np.int64)  # of each id, in blocks to keep memory flat
+        for path in paths:
+            ids = open_shard(path)
+            for start in range(0, len(ids), 2**20):
+                counts += np.bincount(ids[start : start + 2**20], minlength=2**16)
+            if counts[encoding.n_vocab :].any():
+                remedy = "name its tokenizer with --tokenizer"
+                raise SystemExit(f"{path} has ids that {encoding.name} has not: {remedy}")
+        entry["tokens"][split] = int(counts.sum())
+        entry["documents"][split], counts[encoding.eot_token] = int(counts[encoding.eot_token]), 0
+        sizes = {
+            int(i): len(encoding.decode_single_token_bytes(int(i))) for i in np.flatnonzero(counts)
+        }
+        entry["bytes"][split] = sum(size * int(counts[i]) for i, size in sizes.items())
+        entry["shards"][split] = {os.path.relpath(path, root): sha256(path) for path in paths}
+    return entry
+
+
+def write(path: Path, *parts):
+    """Beside its place, then renamed into it: a reader never sees half a file."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        for part in parts:
+            file.write(part.encode() if isinstance(part, str) else part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -92,7 +92,6 @@ class Config:
     eval_interval: int = 100  # steps between evaluations, each with a checkpoint
     eval_passages: int = 4  # passages of each domain's val split in an evaluation
     eval_rows: int = 32  # consecutive rows of such a passage
-    keep_interval: int = 0  # evaluations at its multiples keep their checkpoint; 0 for none
 
     def __post_init__(self):
         words = {"dtype": ("float32", "bfloat16"), "tasks": TASKS}
@@ -226,9 +225,18 @@ def train(given: dict):
             check_finite(cfg, step, sum(losses["loss"].values()), "the evaluation")
             best, is_best = judge(losses, data.roles, best)
             if rank == 0:
-                keep = cfg.keep_interval and step and step % cfg.keep_interval == 0 and not last
-                names = ["best.pt"] * is_best + [f"step_{step:06d}.pt"] * bool(keep)
-                save(out, names, learner, optimizer, cfg, data, spent, at, best, seconds)
+                save(
+                    out,
+                    ["best.pt"] * is_best,
+                    learner,
+                    optimizer,
+                    cfg,
+                    data,
+                    spent,
+                    at,
+                    best,
+                    seconds,
+                )
                 append_row(out, {"kind": "val", **at, **losses})
                 bar.write(one_line(step, losses, data.roles))
         elif stop and rank == 0:
