@@ -122,11 +122,10 @@ def run(args):
             raise SystemExit(f"{root} holds the text itself: choose another --name")
         shutil.rmtree(root)
     meta = prepare(root, command, streams, args.workers)
-    default = {d: r for r, names in ROLES.get(source, {}).items() for d in names.split(",")}
-    before = {d: e.get("role", default.get(d, "train")) for d, e in meta["domains"].items()}
+    before = {d: entry["role"] for d, entry in meta["domains"].items()}
     for d, role in choose_roles(before, args).items():
         meta["domains"][d]["role"] = role
-    write(root / "meta.json", dumps(meta))
+    write(root / "meta.json", dumps(meta) + "\n")
     for name in ("progress.json", "seen.tmp"):
         (root / name).unlink(missing_ok=True)
     print_table(meta)
@@ -233,8 +232,7 @@ def read_files(domain: str, paths: list[Path], text_field: str):
                     texts = pieces(file, EOT)
                 yield from ((domain, text) for text in texts)
         except (OSError, EOFError, zlib.error) as error:
-            remedy = "mend or remove the file and run again with --overwrite"
-            raise SystemExit(f"{path}: {error}: {remedy}") from None
+            raise SystemExit(f"{path}: {error}: mend it, and use --overwrite") from None
 
 
 def read_hub(domain: str, name: str, field: str | None, text_field: str, data_files):
@@ -293,8 +291,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError):  # no network, or no such name
-        remedy = "use bytes, or gpt2 and connect once"
-        raise SystemExit(f"cannot get the encoding {name!r}: {remedy}") from None
+        raise SystemExit(f"no encoding {name!r}: use bytes, or gpt2 and connect once") from None
     if encoding.n_vocab > 2**16:
         raise SystemExit(f"{name} has too many ids for the shards' uint16: use gpt2 or bytes")
     return encoding
@@ -336,7 +333,7 @@ def prepare(root: Path, command: dict, streams: dict, workers: int) -> dict:
     encoding = get_tokenizer(command["tokenizer"])
     found = [path for path in (root / "meta.json", root / "progress.json") if path.exists()]
     if found:
-        meta = json.loads(found[0].read_bytes())
+        meta = read_meta(found[0])
     elif any(path.suffix != ".tmp" for path in root.glob("*")):
         raise SystemExit(f"{root} holds something else: choose another --name")
     else:
@@ -362,10 +359,15 @@ def prepare(root: Path, command: dict, streams: dict, workers: int) -> dict:
             if isinstance(streams[name], list):  # shards that others have made
                 val = [path for path in streams[name] if "val" in path.name] or streams[name][-1:]
                 train = [path for path in streams[name] if path not in val]
+                if not train:
+                    raise SystemExit(f"{name} has one shard for train and val: give it one more")
                 entries = {name: describe(root, encoding, {"train": train, "val": val})}
             else:
                 entries = read_stream(root, name, streams[name], seen, encoding, command, pool)
-            meta["domains"] |= entries
+            for domain, entry in entries.items():
+                roles = ROLES.get(command["source"], {}).items()
+                named = [role for role, domains in roles if domain in domains.split(",")]
+                meta["domains"][domain] = entry | {"role": [*named, "train"][0]}
             with open(hashes, "ab") as file:
                 np.array(list(seen)[meta["seen"] :], np.uint64).tofile(file)
                 os.fsync(file.fileno())
@@ -402,6 +404,8 @@ def read_stream(root: Path, name: str, stream, seen: dict, encoding, command, po
             full.add(domain)
             if domain == name:
                 break  # others may follow only in a stream of many domains
+    for domain in skipped.keys() - starts.keys():
+        print(f"{domain} is left out, it has no text: {dict(skipped[domain])}")
     entries = {}
     for domain in starts:
         ids = np.memmap(root / domain / "ids.tmp", np.uint16, "r")
@@ -445,18 +449,19 @@ def describe(root: Path, encoding: tiktoken.Encoding, splits: dict[str, list[Pat
         counts = np.zeros(2**16, np.int64)  # of each id, in blocks to keep memory flat
         for path in paths:
             ids = open_shard(path)
-            for start in range(0, len(ids), 2**20):
-                counts += np.bincount(ids[start : start + 2**20], minlength=2**16)
+            for block in np.array_split(ids, len(ids) // 2**20 + 1):
+                counts += np.bincount(block, minlength=2**16)
             if counts[encoding.n_vocab :].any():
                 remedy = "name its tokenizer with --tokenizer"
                 raise SystemExit(f"{path} has ids that {encoding.name} has not: {remedy}")
         entry["tokens"][split] = int(counts.sum())
         entry["documents"][split], counts[encoding.eot_token] = int(counts[encoding.eot_token]), 0
-        sizes = {
-            int(i): len(encoding.decode_single_token_bytes(int(i))) for i in np.flatnonzero(counts)
+        used = np.flatnonzero(counts).tolist()
+        sizes = [len(encoding.decode_single_token_bytes(i)) for i in used]
+        entry["bytes"][split] = int(counts[used] @ np.array(sizes, np.int64))
+        entry["shards"][split] = {
+            os.path.relpath(path.resolve(), root.resolve()): sha256(path) for path in paths
         }
-        entry["bytes"][split] = sum(size * int(counts[i]) for i, size in sizes.items())
-        entry["shards"][split] = {os.path.relpath(path, root): sha256(path) for path in paths}
     return entry
 
 

@@ -191,7 +191,7 @@ def test_max_tokens_ends_a_domain_with_a_whole_document(prepare):
         assert found == texts[: len(found)] and 30_000 <= sum(entry["tokens"].values()) < 36_000
 
 
-def test_shards_of_llm_c_are_a_domain_as_they_are(prepare):
+def test_shards_of_llm_c_are_a_domain_as_they_are(prepare, tmp_path):
     train, val = shard_of(np.arange(300) % 257), shard_of(np.arange(50))
     files = {"fineweb/fineweb_train_000001.bin": train, "fineweb/fineweb_val_000000.bin": val}
     made = prepare(files | {"own.txt": "some text of one's own"})
@@ -201,6 +201,8 @@ def test_shards_of_llm_c_are_a_domain_as_they_are(prepare):
     assert "val_000000" in path and tasks.open_shard(made / path)[49] == 49
     with refused(match="--tokenizer"):
         prepare({"fineweb/fineweb_train_000001.bin": shard_of(np.arange(300))}, "--overwrite")
+    with refused(match="give it one more"):
+        prepare(write(tmp_path / "one", {"a/train.bin": train}), name="one")
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes_for_any_number_of_workers(tmp_path):

@@ -5,8 +5,8 @@
     python train.py config/maml_demo.py --init_from=resume              # go on after a stop
     torchrun --nproc_per_node=8 train.py config/maml_124m.py            # eight GPUs, the same steps
 
-A step learns from tasks_per_step tasks. Task by task the learner's outer loss is differentiated, and
-the gradients are averaged; DDP's ranks share the tasks out.
+A step learns from tasks_per_step tasks. Task by task the learner's outer loss is differentiated,
+and the gradients are averaged. DDP's ranks share the tasks out.
 """
 
 import argparse
@@ -18,8 +18,6 @@ import math
 import os
 import platform
 import runpy
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,24 +37,20 @@ from maml import MAML
 from model import GPT, GPTConfig
 from tasks import TASKS, Dataset, ahead
 
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # of the model; a checkpoint's rules
-# what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
-KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     # the run
-    out_dir: str = "out/run"  # where log.jsonl and the checkpoints go
+    out_dir: str = "out/run"  # where log.jsonl and ckpt.pt go
     init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too; 'resume' sets resume=True
-    resume: bool = False  # go on from the checkpoint in out_dir, where there is one
+    resume: bool = False  # go on from out_dir/ckpt.pt, if there is one
     dataset: str = "local"  # data_dir/dataset, as prepare_data.py wrote it
     data_dir: str = "data"
     seed: int = 1  # decides initialisation and every draw of training data, not the evaluation's
     device: str = "auto"  # 'auto' takes cuda, else mps, else cpu
     dtype: str = "float32"  # of the products: 'float32' or 'bfloat16'; weights stay float32
     compile: bool = False  # torch.compile: minutes of waiting, then faster steps
-    # the model
+    # the model; a checkpoint's shape rules
     block_size: int = 256  # tokens of a row
     n_layer: int = 4
     n_head: int = 4
@@ -94,19 +88,17 @@ class Config:
     eval_rows: int = 32  # consecutive rows of such a passage
 
     def __post_init__(self):
-        words = {"dtype": ("float32", "bfloat16"), "tasks": TASKS}
-        for name, known in words.items():
-            if (value := getattr(self, name)) not in known:
-                choices = " or ".join(map(repr, known))
-                raise ValueError(f"{name}={value!r} is unknown: choose {choices}")
-        zero_is_wrong = {*SHAPE[:-1], "batch_size", "tasks_per_step", "inner_lr"}
-        zero_is_wrong |= {"eval_interval", "eval_passages", "eval_rows"}
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), int(field.name in zero_is_wrong)
-            if field.type is int and not least <= value < 2**63:
-                raise ValueError(f"{field.name}={value} must be at least {least}")
-            if field.type is float and not 0 <= value < 1e38:
-                raise ValueError(f"{field.name}={value} must not be negative, and finite")
+        for name, known in {"dtype": ("float32", "bfloat16"), "tasks": TASKS}.items():
+            if getattr(self, name) not in known:
+                what = f"{name}={getattr(self, name)!r} is unknown"
+                raise ValueError(f"{what}: choose {' or '.join(map(repr, known))}")
+        positive = "block_size n_layer n_head n_embd batch_size tasks_per_step inner_lr "
+        positive += "eval_interval eval_passages eval_rows"
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) in (int, float) and not 0 <= value < 1e30:
+                raise ValueError(f"{name}={value} must be a finite number, not negative")
+            if value == 0 and name in positive.split():
+                raise ValueError(f"{name}={value} must be positive")
         if self.batch_size % (n := self.inner_steps + 1):
             what = f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}"
             raise ValueError(f"{what}: change either")
@@ -116,17 +108,21 @@ class Config:
             )
 
 
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+# what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
+KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
+
 # --------------------------------------------------------------------------------------------------
 # the run
 
 
 def train(given: dict):
-    """Pretrains as `given`, fields of Config by name, say. ValueError and OSError name a remedy."""
+    """A run with the fields of Config that are `given`. ValueError and OSError say what to do."""
     cfg = Config(**given)
 
     # processes
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_divisible(cfg, world_size)
+    check_shares(cfg, world_size)
     device = pick_device(cfg.device)
     if world_size > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -135,8 +131,8 @@ def train(given: dict):
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32
 
-    # weights: from out_dir, another checkpoint or scratch
-    out, ckpt = Path(cfg.out_dir), None
+    # a checkpoint to begin from: out_dir's, or another
+    out, ckpt, model = Path(cfg.out_dir), None, None
     resumed = cfg.resume and (out / "ckpt.pt").exists()
     if resumed or cfg.init_from != "scratch":
         ckpt, model = load_checkpoint(out / "ckpt.pt" if resumed else Path(cfg.init_from))
@@ -146,7 +142,7 @@ def train(given: dict):
             raise ValueError(f"the checkpoint has {has}: leave {', '.join(wrong)} out")
         cfg = dataclasses.replace(cfg, **shape)
 
-    # data
+    # data and model
     data = Dataset(
         Path(cfg.data_dir, cfg.dataset),
         block_size=cfg.block_size,
@@ -157,16 +153,15 @@ def train(given: dict):
         permute_share=cfg.permute_share,
     )
     val = {d: data.passages(d, cfg.eval_passages, cfg.eval_rows) for d in data.roles}
-    vocab_size = data.meta["vocab_size"]
-    if ckpt is None:
-        padded = -(-vocab_size // 64) * 64  # matrix units like multiples of 64
+    ids = data.meta["vocab_size"]
+    if model is None:
         shape = {name: getattr(cfg, name) for name in SHAPE}
-        model = GPT(GPTConfig(vocab_size=padded, **shape))
-    elif model.config.vocab_size < vocab_size:
-        few = f"the checkpoint knows {model.config.vocab_size} ids, {data.root} has {vocab_size}"
-        raise ValueError(f"{few}: use a checkpoint or a dataset with the other's tokenizer")
+        model = GPT(GPTConfig(vocab_size=-(-ids // 64) * 64, **shape))  # as matrix units like it
+    elif model.config.vocab_size < ids:
+        few = f"the checkpoint knows {model.config.vocab_size} ids, {data.root} has {ids}"
+        raise ValueError(f"{few}: use one with the tokenizer of the other")
 
-    # learner
+    # learner and optimizer
     learner = MAML(
         model,
         inner_steps=cfg.inner_steps,
@@ -186,61 +181,44 @@ def train(given: dict):
         ddp = DDP(learner, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = make_optimizer(cfg, learner)
 
-    # where it stands
-    step, seconds, best, spent = 0, 0.0, math.inf, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+    # how far it has come, and what that cost
+    first_step, seconds, before = 0, 0.0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
     if resumed:
         check_same_run(ckpt, cfg, data)
-        groups = optimizer.state_dict()["param_groups"]  # the rates asked for now
+        groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now
         optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
-        step, best, seconds = ckpt["step"], ckpt["best"], ckpt["seconds"]
-        spent = ckpt["spent_before"]
+        first_step, seconds, before = ckpt["step"], ckpt["seconds"], ckpt["before"]
     elif ckpt:
-        spent = ckpt.get(
-            "spent", spent
-        )  # what the checkpoint cost counts, or nothing would compare
+        before = ckpt.get("spent", before)  # what the checkpoint cost is part of this run's cost
     if ckpt:
         load_rates(learner, ckpt.get("learner", {}))
-    if world_size > 1:  # a file system that lags may show the ranks different checkpoints
+    if world_size > 1:  # file systems that lag may show the ranks different checkpoints
         seen = [None] * world_size
-        dist.all_gather_object(seen, (step, data.sha256))
+        dist.all_gather_object(seen, (first_step, data.sha256))
         if len(set(seen)) > 1:
-            raise ValueError(f"the processes start from different steps or data: {seen}; try again")
-    header = describe(cfg, data, model, spent, f"{world_size} x {device_name(device)}")
+            raise ValueError(f"the processes begin at different steps or data: {seen}: start again")
+    header = make_header(cfg, data, model, before, device, world_size)
     if rank == 0:
-        open_log(out, header, step, resumed)
+        open_log(out, header, first_step, resumed)
         print(summary(cfg, header), flush=True)
 
     # the loop
-    stop_signals = catch_signals()
+    stop_signals, stop = catch_signals(), False
     mine = range(rank, cfg.tasks_per_step, world_size)
-    draws = [(s, task) for s in range(step, cfg.max_steps) for task in mine]
-    tasks = ahead(lambda s, task: to_device(data.task(s, task), device), draws)
-    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    stop = False
-    for step in range(step, cfg.max_steps + 1):
-        at = {"step": step, **count(cfg, header, spent, step, seconds)}
-        last = step == cfg.max_steps
+    draws = [(step, task) for step in range(first_step, cfg.max_steps) for task in mine]
+    tasks = ahead(lambda *draw: to_device(data.task(*draw), device), draws)
+    bar = tqdm(total=cfg.max_steps, initial=first_step, unit="step", disable=rank > 0)
+    for step in range(first_step, cfg.max_steps + 1):
+        at, last = count(header, step, seconds), step == cfg.max_steps
         if (step % cfg.eval_interval == 0 or last) and not stop:
-            losses = evaluate(learner, val, data.roles, cfg, rank, world_size, device)
-            check_finite(cfg, step, sum(losses["loss"].values()), "the evaluation")
-            best, is_best = judge(losses, data.roles, best)
+            losses = evaluate(learner, val, data.roles, rank, world_size, device)
+            check_finite(step, sum(losses["loss"].values()))
             if rank == 0:
-                save(
-                    out,
-                    ["best.pt"] * is_best,
-                    learner,
-                    optimizer,
-                    cfg,
-                    data,
-                    spent,
-                    at,
-                    best,
-                    seconds,
-                )
+                save(out, at, learner, optimizer, cfg, data, before, seconds)
                 append_row(out, {"kind": "val", **at, **losses})
                 bar.write(one_line(step, losses, data.roles))
         elif stop and rank == 0:
-            save(out, [], learner, optimizer, cfg, data, spent, at, best, seconds)
+            save(out, at, learner, optimizer, cfg, data, before, seconds)
             bar.write(f"stopped at step {step}: the same command with --init_from=resume goes on")
         if last or stop:
             break
@@ -248,7 +226,7 @@ def train(given: dict):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
-        total = torch.zeros(2, device=device)
+        total = torch.zeros(2, device=device)  # of the losses, and of the wishes to stop
         for task in mine:
             # DDP averages over the ranks; only the last task's backward need talk to them
             silent = world_size > 1 and task != mine[-1]
@@ -261,40 +239,35 @@ def train(given: dict):
             dist.all_reduce(total)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         loss, stop, grad_norm = torch.stack([*total / world_size, grad_norm]).tolist()
-        check_finite(cfg, step, loss + grad_norm, "the outer loss or its gradient")
+        check_finite(step, loss + grad_norm)
         optimizer.step()
         learner.zero_grad()
         took = time.perf_counter() - began
         seconds += took
         if rank == 0 and step % 10 == 0:
-            lr = cfg.learning_rate * lr_factor(cfg, step)
-            append_row(out, {"kind": "train", **at, "loss": loss, "lr": lr, "grad_norm": grad_norm})
-        speed = header["tokens_per_step"] / took
+            append_row(out, {"kind": "train", **at, "loss": loss, "grad_norm": grad_norm})
         flops = header["flops_per_step"] / took / world_size / 1e12
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s, {flops:.3g} TFLOP/s")
+        speed = f"{header['tokens_per_step'] / took:,.0f} tokens/s, {flops:.3g} TFLOP/s"
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
         bar.update()
     bar.close()
-    if dist.is_initialized():
+    if world_size > 1:
         dist.destroy_process_group()
 
 
 def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
     """AdamW over theta, unless learning_rate=0 leaves it as it is, and over the learned rates."""
-    groups = []
-    if cfg.learning_rate:
-        groups = learner.model.parameter_groups(cfg.weight_decay)
-        groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
+    groups = learner.model.parameter_groups(cfg.weight_decay) if cfg.learning_rate else []
+    groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
     if rates := [*learner.log_inner_lr]:
         groups.append({"params": rates, "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
-    chosen = sum(len(group["params"]) for group in groups)
-    assert chosen == len([*learner.parameters()]) or not cfg.learning_rate
+    how_many = sum(len(group["params"]) for group in groups)
+    assert how_many == len([*learner.parameters()]) or not cfg.learning_rate
     betas = (0.9, cfg.beta2)
-    if cfg.nesterov:  # momentum_decay this large: beta1 from the first step on, as AdamW has it
-        return torch.optim.NAdam(
-            groups, betas=betas, decoupled_weight_decay=True, momentum_decay=1e6
-        )
-    fused = next(learner.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
+        nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
+        return torch.optim.NAdam(groups, betas=betas, **nadam)
+    return torch.optim.AdamW(groups, betas=betas, fused=next(learner.parameters()).is_cuda)
 
 
 def lr_factor(cfg: Config, step: int) -> float:
@@ -302,49 +275,28 @@ def lr_factor(cfg: Config, step: int) -> float:
     if step < cfg.warmup_steps:
         return (step + 1) / (cfg.warmup_steps + 1)
     t = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, t)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, t)))
 
 
 @torch.no_grad()
-def evaluate(learner: MAML, val, roles, cfg: Config, rank=0, world_size=1, device="cpu") -> dict:
+def evaluate(learner: MAML, val: dict, roles: dict, rank=0, world_size=1, device="cpu") -> dict:
     """Nats per token on passages of val, by domain; the ranks share the domains out.
 
-    'loss' is theta's. 'online' is the learner's own on the same rows, of the domains that are not
-    trained on: the mean loss of rows that are learned as soon as they are predicted.
+    'loss' is theta's. 'online' is, on the same rows of domains that are not trained on, the loss of
+    a learner that learns each row as soon as it is predicted.
     """
-    chunk = cfg.batch_size // (cfg.inner_steps + 1)
+    unseen = [d for d in val if learner.inner_steps and roles[d] != "train"]
     table = torch.zeros(len(val), 2, device=device)
-    for i, (domain, xy) in enumerate(val.items()):
-        if i % world_size != rank:
-            continue
-        x, y = to_device(xy, device)  # (P, R, T)
-        rows = x.flatten(0, 1), y.flatten(0, 1)
-        losses = [learner.loss(learner.theta(), *part) for part in padded(*rows, chunk)]
-        counts = [(part[1][:, 0] >= 0).sum() for part in padded(*rows, chunk)]
-        table[i, 0] = sum(n * loss for n, loss in zip(counts, losses, strict=True)) / len(rows[0])
-        if cfg.inner_steps and roles[domain] != "train":
-            table[i, 1] = learner.read(x, y, chunk)[0].mean()
+    for i, domain in list(enumerate(val))[rank::world_size]:
+        x, y = to_device(val[domain], device)  # (P, R, T)
+        losses = [learner.loss(learner.theta(), *passage) for passage in zip(x, y, strict=True)]
+        table[i, 0] = torch.stack(losses).mean()
+        if domain in unseen:
+            table[i, 1] = learner.read(x, y)[0].mean()
     if world_size > 1:
         dist.all_reduce(table)
-    table = dict(zip(val, table.tolist(), strict=True))
-    unseen = [d for d in val if cfg.inner_steps and roles[d] != "train"]
-    return {"loss": {d: table[d][0] for d in val}, "online": {d: table[d][1] for d in unseen}}
-
-
-def padded(x, y, n):
-    """x, y (rows, T) in parts of n rows each, so that they make one graph; -1 fills the last y."""
-    missing = -len(x) % n
-    x = torch.cat([x, x[:1].expand(missing, -1)])
-    y = torch.cat([y, torch.full_like(y[:1], -1).expand(missing, -1)])
-    return list(zip(x.split(n), y.split(n), strict=True))
-
-
-def judge(losses: dict, roles: dict, best: float) -> tuple[float, bool]:
-    """The lowest mean loss on the tune domains so far, and whether this is it."""
-    judged = losses["online"] or losses["loss"]
-    tune = [judged[d] for d, role in roles.items() if role == "tune"]
-    mean = float(np.mean(tune)) if tune else math.inf
-    return min(mean, best), mean < best
+    loss, online = (dict(zip(val, column, strict=True)) for column in table.T.tolist())
+    return {"loss": loss, "online": {d: online[d] for d in unseen}}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -357,11 +309,9 @@ def load_checkpoint(path: Path) -> tuple[dict, GPT]:
         raise FileNotFoundError(f"no checkpoint at {path}: train first, or give a ckpt.pt's path")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        known = {field.name for field in dataclasses.fields(GPTConfig)}
-        args = {name: value for name, value in ckpt["model_args"].items() if name in known}
+        args = {k: v for k, v in ckpt["model_args"].items() if k != "dropout"}  # nanoGPT's
         model = GPT(GPTConfig(**args))
-        weights = {n.removeprefix("_orig_mod."): w for n, w in ckpt["model"].items()}
-        model.load_state_dict(weights)
+        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items()})
     except Exception as error:
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{path} is cut short, or no checkpoint of a GPT ({why})") from error
@@ -370,7 +320,7 @@ def load_checkpoint(path: Path) -> tuple[dict, GPT]:
 
 @torch.no_grad()
 def load_rates(learner: MAML, saved: dict):
-    """Learned rates from a checkpoint; a tensor's begins those of its elements, and their mean its."""
+    """Learned rates of a checkpoint. A tensor's begins those of its elements, or their mean its."""
     for i, rate in enumerate(learner.log_inner_lr):
         if (old := saved.get(f"log_inner_lr.{i}")) is not None:
             rate.copy_(old if rate.dim() else old.mean())
@@ -378,70 +328,61 @@ def load_rates(learner: MAML, saved: dict):
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
     """A run resumes as what it was, or its log would not add up."""
-    needed = {"config", "dataset", "optimizer", "learner", "step", "seconds", "spent_before"}
-    if missing := needed - ckpt.keys():
+    if missing := {"config", "optimizer", "learner", "before"} - ckpt.keys():
         what = f"the checkpoint in {cfg.out_dir} has no {', '.join(sorted(missing))}"
         raise ValueError(f"{what}: give its path as --init_from and another out_dir")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
-    old = {name: ckpt["config"].get(name) for name in KEPT}
-    old |= {"trained on": ckpt["dataset"]["sha256"][:9]}
-    new = {name: getattr(cfg, name) for name in KEPT} | {"trained on": data.sha256[:9]}
+    old = {k: ckpt["config"].get(k) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
+    new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike")
 
 
-def save(out: Path, names, learner, optimizer, cfg, data, spent_before, at, best, seconds):
-    """ckpt.pt, atomically: written beside it, then renamed. `names` are further links to it."""
-    learned = {k: v for k, v in learner.state_dict().items() if not k.startswith("model.")}
-    trained_on = {"name": cfg.dataset, "sha256": data.sha256, "shards": data.trained}
+def save(out: Path, at: dict, learner, optimizer, cfg: Config, data: Dataset, before, seconds):
+    """ckpt.pt, atomically: written beside it and renamed, so that there is always a whole one."""
+    rates = {k: v for k, v in learner.state_dict().items() if not k.startswith("model.")}
+    trained_on = {"name": cfg.dataset, "tokenizer": data.meta["tokenizer"], "shards": data.trained}
     ckpt = {
         "model": learner.model.state_dict(),
-        "learner": learned,
-        "optimizer": optimizer.state_dict(),
         "model_args": dataclasses.asdict(learner.model.config),
+        "learner": rates,
+        "optimizer": optimizer.state_dict(),
         "config": dataclasses.asdict(cfg),
-        "dataset": trained_on | {"tokenizer": data.meta["tokenizer"]},
+        "dataset": trained_on | {"sha256": data.sha256},
         "step": at["step"],
         "seconds": seconds,
-        "best": best,
-        "spent_before": spent_before,
-        "spent": {name: at[name] for name in ("tokens", "flops", "seconds")},
+        "before": before,
+        "spent": {k: at[k] for k in before},
     }
-    temporary, link = out / "ckpt.pt.tmp", out / "link.tmp"
+    temporary = out / "ckpt.pt.tmp"
     try:
         torch.save(ckpt, temporary)
         with open(temporary) as file:  # or a power cut may keep the rename and lose the content
             os.fsync(file.fileno())
-        for name in names:
-            link.unlink(missing_ok=True)
-            try:
-                os.link(temporary, link)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(temporary, link)
-            os.replace(link, out / name)
         os.replace(temporary, out / "ckpt.pt")
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         what = f"step {at['step']}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]})"
-        raise SystemExit(f"{what}. The one before is whole: make room, resume") from None
+        raise SystemExit(
+            f"{what}. The one before is whole: make room, --init_from=resume"
+        ) from None
 
 
-def open_log(out: Path, header: dict, step: int, resumed: bool):
+def open_log(out: Path, header: dict, first_step: int, resumed: bool):
     """Begins log.jsonl with the run's header, or cuts it back to the checkpoint's step."""
-    path, temporary = out / "log.jsonl", out / "log.jsonl.tmp"
-    rows = [header]
-    if path.exists() and resumed:
-        lines = path.read_text().split("\n")[:-1]  # a line cut short has no end
-        old = [json.loads(line) for line in lines]
-        rows = [
-            header | {"before": old[0]} if old and old[0]["config"] != header["config"] else header
-        ]
-        rows += [r for r in old[1:] if r.get("step", -1) < step or r["kind"] == "adapt"]
-    elif path.exists():
+    path, temporary, rows = out / "log.jsonl", out / "log.jsonl.tmp", [header]
+    if path.exists() and not resumed:
         raise ValueError(
             f"{out} holds a run: --init_from=resume goes on, or choose another out_dir"
         )
+    if path.exists():
+        lines = path.read_text().split("\n")[:-1]  # a line cut short has no end
+        rows = [json.loads(line) for line in lines] or rows
+        if rows[0]["config"] != header["config"]:
+            rows[0] = header | {"earlier": rows[0]}  # it goes on with other settings
+        kept = [r for r in rows[1:] if r.get("step", -1) < first_step or r["kind"] == "adapt"]
+        rows = [rows[0], *kept]
     out.mkdir(parents=True, exist_ok=True)
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)
@@ -452,35 +393,41 @@ def append_row(out: Path, row: dict):
         file.write(json.dumps(row) + "\n")
 
 
-def describe(cfg: Config, data: Dataset, model: GPT, spent: dict, device: str) -> dict:
+def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, world_size) -> dict:
     """The log's first row: what is needed to make the run again and to read its log."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    here = Path(__file__).parent
-    commit = shutil.which("git") and subprocess.run(git, cwd=here, capture_output=True, text=True)
+    try:
+        git = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    except OSError:
+        git = ""
+    on_gpu = device.type == "cuda"
+    kind = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {device.type}"
     K, tokens = cfg.inner_steps, cfg.tasks_per_step * cfg.batch_size * cfg.block_size
-    forwards = 3 if cfg.first_order or K == 0 else (12 * K + 3) / (K + 1)  # of each token: maml.py
+    forwards = 3 if cfg.first_order or K == 0 else (12 * K + 3) / (K + 1)  # a token, as in maml.py
     return {
         "kind": "run",
-        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+        "command": " ".join(["python train.py", *sys.argv[1:]]),
         "config": dataclasses.asdict(cfg),
-        "commit": (commit and commit.stdout.strip()) or "unknown",
+        "commit": git.strip() or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": device,
+        "device": f"{world_size} x {kind}",
         "params": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": tokens,
         "flops_per_step": forwards * tokens * model.flops_per_token(cfg.block_size),
-        "spent_before": spent,
+        "before": before,
         "dataset": {"name": cfg.dataset, "sha256": data.sha256, "roles": data.roles}
         | {"tokenizer": data.meta["tokenizer"]},
     }
 
 
-def count(cfg: Config, header: dict, spent: dict, step: int, seconds: float) -> dict:
-    """What a run has cost by a step, with what the checkpoint that it began from had."""
+def count(header: dict, step: int, seconds: float) -> dict:
+    """What a run has cost at a step, the checkpoint that it began from included."""
+    before = header["before"]
     return {
-        "tokens": spent["tokens"] + step * header["tokens_per_step"],
-        "flops": spent["flops"] + step * header["flops_per_step"],
-        "seconds": round(spent["seconds"] + seconds, 3),
+        "step": step,
+        "tokens": before["tokens"] + step * header["tokens_per_step"],
+        "flops": before["flops"] + step * header["flops_per_step"],
+        "seconds": round(before["seconds"] + seconds, 3),
     }
 
 
@@ -488,51 +435,39 @@ def count(cfg: Config, header: dict, spent: dict, step: int, seconds: float) -> 
 # processes, devices, signals
 
 
-def check_divisible(cfg: Config, world_size: int):
-    if cfg.tasks_per_step % world_size == 0:
-        return
-    what = f"tasks_per_step={cfg.tasks_per_step} is no multiple of the {world_size} processes"
-    rows = cfg.batch_size * cfg.tasks_per_step
-    remedy = "change either"
-    if cfg.inner_steps == 0 and rows % world_size == 0:
-        same = f"--tasks_per_step={world_size} --batch_size={rows // world_size}"
-        remedy = f"{same} has as many rows in a step"
-    raise ValueError(f"{what}: {remedy}")
+def check_shares(cfg: Config, world_size: int):
+    if cfg.tasks_per_step % world_size:
+        rows, remedy = cfg.batch_size * cfg.tasks_per_step, "change either"
+        if cfg.inner_steps == 0 and rows % world_size == 0:  # for plain training, rows are rows
+            remedy = f"--tasks_per_step={world_size} --batch_size={rows // world_size} is as much"
+        what = f"{world_size} processes cannot share tasks_per_step={cfg.tasks_per_step} out"
+        raise ValueError(f"{what}: {remedy}")
 
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.empty(0, device=name).device
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here ({error}): try --device=auto") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} {device.type}"
 
 
 def to_device(xy, device: torch.device):
-    if device.type == "cuda":  # pinned memory is copied while the host goes on
-        return [t.pin_memory().to(device, non_blocking=True) for t in xy]
-    return [t.to(device) for t in xy]
+    if device.type == "cuda":  # what is pinned is copied while the host goes on
+        xy = [t.pin_memory() for t in xy]
+    return [t.to(device, non_blocking=True) for t in xy]
 
 
 def catch_signals() -> list:
-    """A list that fills when the run is asked to stop. A second signal stops it at once."""
+    """A list that fills when the run is asked to stop. Asked again, it stops at once."""
     caught = []
 
     def handle(number, frame):
-        if caught and time.monotonic() > caught[0] + 1:  # sooner it is an echo, as torchrun's is
+        if caught and time.monotonic() > caught[0] + 1:  # sooner it is torchrun's echo of Ctrl-C
             raise SystemExit("stopped at once: the last checkpoint is whole")
         caught.append(time.monotonic())
 
@@ -541,12 +476,10 @@ def catch_signals() -> list:
     return caught
 
 
-def check_finite(cfg: Config, step: int, value: float, what: str):
+def check_finite(step: int, value: float):
     if not math.isfinite(value):
-        remedy = "--init_from=resume with a lower learning_rate or inner_lr, or inner_clip=1"
-        raise SystemExit(
-            f"step {step}: {what} is not finite. The last checkpoint is whole: {remedy}"
-        )
+        remedy = "--init_from=resume with a lower learning_rate or inner_lr, or with inner_clip=1"
+        raise SystemExit(f"step {step}: loss or gradient not finite. Go on from ckpt.pt: {remedy}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -554,86 +487,68 @@ def check_finite(cfg: Config, step: int, value: float, what: str):
 
 
 def one_line(step: int, losses: dict, roles: dict) -> str:
-    """step 200 | train 2.310 | heldout 2.612 -> 2.404: means by role, theta's -> online."""
+    """step 200 | train 2.310 | heldout 2.612 -> 2.404: means by role, 'loss' -> 'online'."""
     text = f"step {step}"
-    for role in ("train", "tune", "heldout"):
-        domains = [d for d in roles if roles[d] == role]
-        tables = [losses["loss"], losses["online"]] if role != "train" else [losses["loss"]]
-        means = [np.mean([table[d] for d in domains]) for table in tables if table and domains]
-        if means:
-            text += f" | {role} " + " -> ".join(f"{mean:.3f}" for mean in means)
+    for role in dict.fromkeys(roles.values()):
+        tables = [[t[d] for d in t if roles[d] == role] for t in (losses["loss"], losses["online"])]
+        text += f" | {role} " + " -> ".join(f"{np.mean(table):.3f}" for table in tables if table)
     return text
 
 
 def summary(cfg: Config, header: dict) -> str:
-    """What is about to happen, in five lines; the progress bar adds the time it will take."""
-    roles = [*header["dataset"]["roles"].values()]
-    domains = ", ".join(f"{roles.count(role)} {role}" for role in ("train", "tune", "heldout"))
-    learned = f", learned by {cfg.learn_inner_lr}" if cfg.learn_inner_lr != "no" else ""
-    order = "first" if cfg.first_order else "second"
-    inner = f"{cfg.inner_steps} x {cfg.inner_optimizer} at {cfg.inner_lr:g}{learned}, {order} order"
-    total = count(cfg, header, header["spent_before"], cfg.max_steps, 0)
-    return f"""data     {cfg.dataset}: {domains} domains; {header["dataset"]["tokenizer"]} tokens
-model    {header["params"]:,} parameters, {cfg.block_size} tokens of context
+    """What is about to happen; the progress bar adds the time it will take."""
+    inner = f"{cfg.inner_steps} x {cfg.inner_optimizer} at {cfg.inner_lr:g}"
+    inner += (
+        f", rates learned: {cfg.learn_inner_lr}; {'first' if cfg.first_order else 'second'} order"
+    )
+    total = count(header, cfg.max_steps, 0)
+    return f"""model    {header["params"]:,} parameters, {cfg.block_size} tokens of context
 learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
 step     {cfg.tasks_per_step} {cfg.tasks} x {cfg.batch_size} rows, on {header["device"]}
 total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs"""
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message):  # one line, like any other mistake
         raise ValueError(message)
 
 
 def read_arguments(argv: list[str]) -> dict:
-    """Fields of Config from ['config/x.py', '--key=value', ...], later ones over earlier ones.
+    """Fields of Config from ['config/x.py', '--key=value', ...], flags over files.
 
-    ValueError names a wrong value's type, and the nearest name of a key that does not exist.
+    ValueError names a wrong type, and the nearest name of a key that does not exist.
     """
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    about = "What each flag means is said beside its default, in Config, at the top of train.py."
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("train.py", None, __doc__, about, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("config", nargs="*", help="Python files of assignments, config/*.py")
-    for name, field in fields.items():
+    about = "What a flag means is said beside its default, in Config at the top of train.py."
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, epilog=about, formatter_class=raw, allow_abbrev=False)
+    for field in dataclasses.fields(Config):
         kind = boolean if field.type is bool else field.type
-        kwargs = {"metavar": field.type.__name__, "default": argparse.SUPPRESS}
-        parser.add_argument(f"--{name}", type=kind, help=f"default {field.default!r}", **kwargs)
-    flags, unknown = parser.parse_known_args(argv)
-    for argument in unknown:
-        check_known(argument.lstrip("-").partition("=")[0], fields, "the command line")
-    flags, given = vars(flags), {}
-    for path in flags.pop("config"):
+        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar="")
+    files, assigned = [a for a in argv if not a.startswith("-")], []
+    for path in files:
         if not Path(path).is_file():
             raise ValueError(f"no config file {path}: give a path such as config/maml_demo.py")
         try:
             values = runpy.run_path(path)  # in a namespace of its own
         except Exception as error:
             raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
-        for name, value in values.items():
-            if name[0] == "_" or isinstance(value, ModuleType):
-                continue
-            check_known(name, fields, path)
-            kind = fields[name].type
-            value = float(value) if kind is float and type(value) is int else value
-            if type(value) is not kind:
-                raise ValueError(f"{name} in {path} must be {kind.__name__}, not {value!r}")
-            given[name] = value
-    if flags.get("init_from") == "resume":  # what it began from stays on record
-        del flags["init_from"]
-        flags["resume"] = True
-    return given | flags
-
-
-def check_known(name: str, fields, where: str):
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, 1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown key {name!r} in {where}{hint}")
+        plain = {k: v for k, v in values.items() if k[0] != "_" and not isinstance(v, ModuleType)}
+        assigned += [f"--{name}={value}" for name, value in plain.items()]
+    flags = assigned + [a for a in argv if a not in files]
+    known, unknown = parser.parse_known_args(flags)
+    given = vars(known)
+    for flag in unknown:
+        name = flag.lstrip("-").partition("=")[0]
+        near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(Config)], 1)
+        hint = f"did you mean --{near[0]}?" if near else "python train.py --help lists them"
+        raise ValueError(f"there is no {flag}: {hint}")
+    if given.get("init_from") == "resume":  # and what the run began from stays on record
+        return read_arguments([f for f in flags if f != "--init_from=resume"]) | {"resume": True}
+    return given
 
 
 def boolean(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    return bool(("false", "true").index(text.lower()))
 
 
 def main(argv: list[str] | None = None):
