@@ -16,14 +16,15 @@ counts once, before it was learned. Three rules of learning, for every checkpoin
 import argparse
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.func import vmap
 
 from maml import MAML, adamw
 from model import GPT
+from plot import running, tokens_needed
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
 from train import append_row, load_checkpoint, load_rates, pick_device
@@ -65,10 +66,9 @@ def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
 def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
     """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned; and phi."""
     if rule == "none":
-        learner = MAML(model, inner_steps=0)
-        rows = (t.flatten(0, 1).unsqueeze(1) for t in (x, y))  # (P * R, 1, T)
-        losses = vmap(learner.loss, (None, 0, 0), chunk_size=64)(learner.theta(), *rows)
-        return losses.view(x.shape[:2]).cpu().numpy(), learner.theta()
+        rows = (t.flatten(0, 1).split(1) for t in (x, y))  # P * R times (1, T)
+        losses = torch.stack([model(*row)[1] for row in zip(*rows, strict=True)])
+        return losses.view(x.shape[:2]).cpu().numpy(), dict(model.named_parameters())
     learner = own_learner(model, ckpt) if rule == "own" else adamw_learner(model, **options)
     n = max(1, int(SIDE_BY_SIDE / sum(p.numel() for p in model.parameters())))
     parts = zip(x.split(n), y.split(n), strict=True)
@@ -101,17 +101,6 @@ def best_adamw(measure) -> dict:
                 best, moved = best | change, True
                 break
     return best
-
-
-def tokens_needed(curve, level: float, T: int) -> float:
-    """Tokens read when the later half of what was read is predicted as well as `level`; inf: never.
-
-    curve: the mean loss of each row, (R,).
-    """
-    for n in range(2, len(curve) + 1):
-        if np.mean(curve[n // 2 : n]) <= level:
-            return n * T
-    return np.inf
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,21 +220,22 @@ def table(title: str, curves: dict, T: int, passages: int):
     """The mean loss of each rule, and its means by tokens read: up to an eighth, a fourth, a half."""
     R = len(next(iter(curves.values())))
     edges = sorted({0, R // 8, R // 4, R // 2, R})
-    heads = [f"{'0' if low == 0 else ''}-{high * T:,}" for low, high in zip(edges, edges[1:])]
+    heads = [f"{'0' if low == 0 else ''}-{high * T:,}" for low, high in pairwise(edges)]
     print(f"\n{title}: nats per token, {passages} passages")
     print(f"{'rule':8}{'mean':>9}" + "".join(f"{head:>10}" for head in heads))
     for rule, curve in curves.items():
-        means = [curve.mean(), *(curve[a:b].mean() for a, b in zip(edges, edges[1:]))]
+        means = [curve.mean(), *(curve[a:b].mean() for a, b in pairwise(edges))]
         print(f"{rule:8}{means[0]:9.3f}" + "".join(f"{mean:10.3f}" for mean in means[1:]))
 
 
 def print_fewer_examples(curves: dict, T: int):
     if "own" in curves and "adamw" in curves:
-        end = len(curves["adamw"])
-        n = tokens_needed(curves["own"], curves["adamw"][end // 2 :].mean(), T)
-        print(
-            f"own is after {n:,} tokens where adamw is after {end * T:,}: {end * T / n:.1f}x fewer"
-        )
+        end = T * len(curves["adamw"])
+        n = tokens_needed(curves["own"], running(curves["adamw"])[-1], T)
+        if n:
+            print(f"own is after {n:,} tokens where adamw is after {end:,}: {end / n:.1f}x fewer")
+        else:
+            print(f"own does not come to where adamw is after {end:,} tokens")
 
 
 def main(argv: list[str] | None = None):

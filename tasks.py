@@ -11,6 +11,7 @@ import hashlib
 import json
 import string
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -200,12 +201,13 @@ def permute_alphabet(rows: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return table[rows]
 
 
-def ahead(draw, keys: list[tuple]) -> Iterator:
+def ahead(draw, keys) -> Iterator:
     """draw(*key) for each key, the next one drawn by a thread while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(draw, *key) for key in keys[:1]]
-        for following in [*keys[1:], None]:
-            done = pending.pop()
-            if following is not None:
-                pending.append(pool.submit(draw, *following))
-            yield done.result()
+        pending = deque()
+        for key in keys:
+            pending.append(pool.submit(draw, *key))
+            if len(pending) > 1:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -88,7 +88,7 @@ def test_any_text_comes_back_from_its_tokens(prepare, name):
     except SystemExit:
         pytest.skip("the gpt2 encoding is neither cached nor reachable")
     odd = ["plain", " \n\t\r\x00", "日本語 🙂 ∂x", "<|endoftext|>", "a" * 500]
-    texts = [f"{text}{i}" for text in odd for i in range(30)]
+    texts = [f"{text}{i}" for text in odd for i in range(80)]
     train, val = documents_of(prepare({"odd.jsonl": records(texts)}, "--tokenizer", name), "odd")
     assert train + val == texts
 

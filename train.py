@@ -205,9 +205,10 @@ def train(given: dict):
     # the loop
     stop_signals, stop = catch_signals(), False
     mine = range(rank, cfg.tasks_per_step, world_size)
-    draws = [(step, task) for step in range(first_step, cfg.max_steps) for task in mine]
+    draws = ((step, task) for step in range(first_step, cfg.max_steps) for task in mine)
     tasks = ahead(lambda *draw: to_device(data.task(*draw), device), draws)
-    bar = tqdm(total=cfg.max_steps, initial=first_step, unit="step", disable=rank > 0)
+    silent = True if rank else None  # None: no bar where the output is no terminal
+    bar = tqdm(total=cfg.max_steps, initial=first_step, unit="step", disable=silent)
     for step in range(first_step, cfg.max_steps + 1):
         at, last = count(header, step, seconds), step == cfg.max_steps
         if (step % cfg.eval_interval == 0 or last) and not stop:
@@ -229,8 +230,8 @@ def train(given: dict):
         total = torch.zeros(2, device=device)  # of the losses, and of the wishes to stop
         for task in mine:
             # DDP averages over the ranks; only the last task's backward need talk to them
-            silent = world_size > 1 and task != mine[-1]
-            with ddp.no_sync() if silent else nullcontext():
+            waits = world_size > 1 and task != mine[-1]
+            with ddp.no_sync() if waits else nullcontext():
                 loss = ddp(*next(tasks)) / len(mine)
                 loss.backward()
             total[0] += loss.detach()
