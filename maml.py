@@ -17,6 +17,7 @@ an element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). Costs, in forwards F of
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -41,7 +42,7 @@ def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensor
         return ({n: t.detach() for n, t in g.items()} if learner.first_order else g), loss
 
     def outer(theta, log_lr):
-        return outer_loss(learner, theta, log_lr, x, y, gradient)
+        return outer_loss(learner, theta, log_lr, x, y, gradient, learner.loss)
 
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         grads, loss = grad_and_value(outer, argnums=(0, 1))(learner.theta(), learner.log_lr())
@@ -49,7 +50,7 @@ def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensor
     return dict(zip(names, [t for tree in grads for t in tree.values()], strict=True)), loss
 
 
-def outer_loss(learner, theta, log_lr, x, y, gradient) -> torch.Tensor:
+def outer_loss(learner, theta, log_lr, x, y, gradient, loss_of) -> torch.Tensor:
     """The two loops: what is predicted while it is learned. `gradient` returns (g, loss) of a chunk."""
     phi, state, total = theta, learner.start(theta), 0.0
     *support, last = learner.plan(x, y)
@@ -58,7 +59,7 @@ def outer_loss(learner, theta, log_lr, x, y, gradient) -> torch.Tensor:
         total = total + weight * loss
         phi, state = learner.learn(phi, g, log_lr, state, factor)
     xj, yj, weight, _ = last
-    return (total + weight * learner.loss(phi, xj, yj)) / learner.total_weight
+    return (total + weight * loss_of(phi, xj, yj)) / learner.total_weight
 
 
 # What is wrong with meta_grad is memory: it keeps the graph of the whole inner loop. The rest of
@@ -154,18 +155,21 @@ class MAML(nn.Module):
         if inner_steps and learn_inner_lr != "no":
             shapes = [RATE_SHAPES[learn_inner_lr](p) for p in self.theta().values()]
             self.log_inner_lr.extend(torch.full(shape, math.log(inner_lr)) for shape in shapes)
-        if compile:  # whole: under an eager torch.func.grad, a compiled loss would run uncompiled
-            for name in ("loss", "gradient", "hessian_product", "summed_step"):
-                compiled = torch.compile(getattr(self, name), fullgraph=True, dynamic=False)
-                setattr(self, name, compiled)
+        # Whole functions are compiled: a compiled loss under an eager grad would run uncompiled.
+        whole = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda f: f
+        self.compiled_loss = whole(self.loss)
+        self.compiled_gradient = whole(self.gradient)
+        self.compiled_step = whole(self.summed_step)
+        self.compiled_product = whole(self.hessian_product)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         theta, log_lr = self.theta(), self.log_lr()
         if self.inner_steps == 0:
-            return self.loss(theta, x, y)
+            return self.compiled_loss(theta, x, y)
         if self.first_order:
             return FirstOrder.apply(self, x, y, *theta.values(), *log_lr.values())
-        return outer_loss(self, theta, log_lr, x, y, self.differentiable_gradient)
+        gradient = self.differentiable_gradient
+        return outer_loss(self, theta, log_lr, x, y, gradient, self.compiled_loss)
 
     def theta(self) -> Tensors:
         named = dict(self.model.named_parameters())
@@ -279,7 +283,7 @@ class FirstOrder(torch.autograd.Function):
         zeros = [{n: torch.zeros_like(p) for n, p in tree.items()} for tree in (theta, log_lr)]
         sums = (new_tensor(theta, 0.0), *zeros)
         for chunk in learner.plan(x, y):
-            sums, phi, state = learner.summed_step(sums, theta, phi, log_lr, state, *chunk)
+            sums, phi, state = learner.compiled_step(sums, theta, phi, log_lr, state, *chunk)
         total, d_theta, d_log_lr = sums
         ctx.weight = learner.total_weight
         ctx.save_for_backward(*d_theta.values(), *d_log_lr.values())
@@ -301,7 +305,7 @@ class SecondOrder(torch.autograd.Function):
     @staticmethod
     def forward(ctx, learner, x, y, *phi):
         phi = dict(zip(learner.names, (p.detach() for p in phi), strict=True))
-        g, loss = learner.gradient(phi, x, y)
+        g, loss = learner.compiled_gradient(phi, x, y)
         ctx.learner, ctx.batch = learner, (x, y)
         ctx.save_for_backward(*phi.values())
         return *g.values(), loss
@@ -312,7 +316,9 @@ class SecondOrder(torch.autograd.Function):
         *d_g, d_loss = d_outputs
         phi = dict(zip(ctx.learner.names, ctx.saved_tensors, strict=True))
         v = {n: t.clone() for n, t in zip(phi, d_g, strict=True)}  # a v that shares memory with phi
-        g, hv = ctx.learner.hessian_product(phi, v, *ctx.batch)  # would be traced wrongly, silently
+        g, hv = ctx.learner.compiled_product(
+            phi, v, *ctx.batch
+        )  # would be traced wrongly, silently
         return None, None, None, *(d_loss * g[n] + hv[n] for n in phi)
 
 

@@ -12,7 +12,6 @@ import sys
 import time
 import weakref
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +33,13 @@ from tasks import HEADER_INTS, MAGIC, VERSION
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 DRY = bool(os.environ.get("DRY_RUN"))
 DEVICE = "cpu" if DRY else "cuda"
-GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not DRY and not torch.cuda.is_available(), reason="needs a GPU"),
-]
+
+
+def mark(test):
+    absent = not DRY and not torch.cuda.is_available()
+    return pytest.mark.gpu(pytest.mark.skipif(absent, reason="needs a GPU")(test))
+
+
 FIRST = dict(inner_steps=3, first_order=True, learn_inner_lr="element", inner_clip=1.0)
 SECOND = dict(inner_steps=3, learn_inner_lr="tensor")
 CONFIGS = ("baseline_124m", "maml_124m")
@@ -91,7 +93,7 @@ def compiled(monkeypatch):
     [
         ({"inner_steps": 0}, {"loss": 2}),  # with and without a gradient
         (FIRST, {"summed_step": 1, "loss": 1, "read_step": 1}),
-        (FIRST | {"inner_optimizer": "adamw"}, {"summed_step": 1, "loss": 1, "read_step": 1}),
+        (FIRST | {"inner_optimizer": "adamw"}, {"summed_step": 1, "loss": 1, "read_step": 2}),
         (SECOND, {"gradient": 1, "hessian_product": 1, "loss": 2, "read_step": 1}),
     ],
     ids=["baseline", "first", "adamw", "second"],
@@ -169,6 +171,152 @@ def height(name: str, **changes) -> int:
         return height.peak
 
 
-def test_both_124m_configs_fit_a_card_of_80_gb():
-    baseline, learner = (height(name) for name in CONFIGS)
-    print(baseline, learner)
+def test_both_124m_configs_fit_a_card_and_the_learner_costs_few_copies_of_the_parameters():
+    baseline, learner = height("baseline_124m"), height("maml_124m")
+    assert max(baseline, learner) < 40e9  # half a card of 80 GB
+    # More than plain training on such chunks it keeps log_lr with a gradient and two moments, and
+    # in a step phi, the next phi, g, g clipped, the rates and two sums.
+    copies = (learner - height("baseline_124m", batch_size=8)) / 124e6 / 4
+    assert copies < 4 + 7.5
+
+
+# --------------------------------------------------------------------------------------------------
+# make gpu-check: a test a line of its list, in this order, stopping at the first that fails
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """A dataset of random ids: three domains to train on, two held out, one of these short."""
+    root, draw = tmp_path_factory.mktemp("gpu"), np.random.default_rng(0)
+    T, vocab = (16, 300) if DRY else (1024, 50257)
+    domains = {}
+    for domain, rows in {"a": 40, "b": 40, "c": 40, "far": 140, "short": 20}.items():
+        role, entry = "heldout" if rows != 40 else "train", {"tokens": {}, "shards": {}}
+        for split, n in {"train": 140 * T, "val": rows * T + 1}.items():
+            path = f"{domain}/{split}_000000.bin"
+            header = np.zeros(HEADER_INTS, np.int32)
+            header[:3] = MAGIC, VERSION, n
+            (root / "random" / domain).mkdir(parents=True, exist_ok=True)
+            content = header.tobytes() + draw.integers(vocab, size=n).astype(np.uint16).tobytes()
+            (root / "random" / path).write_bytes(content)
+            entry["tokens"][split], entry["shards"][split] = n, {path: ""}
+        domains[domain] = entry | {"role": role}
+    meta = {"tokenizer": "gpt2", "vocab_size": vocab, "domains": domains}
+    (root / "random" / "meta.json").write_text(json.dumps(meta))
+    return root
+
+
+@pytest.fixture
+def run_flags(shards, tmp_path):
+    def run_flags(config, **changes) -> list[str]:
+        flags = dict(data_dir=shards, dataset="random", device=DEVICE, out_dir=tmp_path / "run")
+        flags |= (TINY | dict(eval_rows=4, compile=False) if DRY else {}) | changes
+        return [f"{HERE}/config/{config}.py", *(f"--{k}={v}" for k, v in flags.items())]
+
+    return run_flags
+
+
+def log_of(flags) -> list[dict]:
+    out = next(flag for flag in flags if flag.startswith("--out_dir=")).partition("=")[2]
+    path = Path(out, "log.jsonl")
+    return [json.loads(row) for row in path.read_text().splitlines()] if path.exists() else []
+
+
+@mark
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("method", [FIRST, SECOND], ids=["first", "second"])
+def test_a_gradient_on_the_gpu_is_that_of_float64_on_the_cpu(method, compile):
+    torch.set_float32_matmul_precision("highest")
+    learner, task = MAML(small().double(), **method), ids(8, 16)
+    exact, _ = meta_grad(learner, *task)
+    learner = MAML(small(), compile=compile and not DRY, **method).to(DEVICE)
+    found = gradients(learner, *(t.to(DEVICE) for t in task))
+    off = sum((found[n].cpu() - exact[n]).square().sum() for n in exact)
+    assert off < 1e-8 * sum(t.square().sum() for t in exact.values())
+
+
+@mark
+@pytest.mark.parametrize("config", CONFIGS)
+def test_twenty_steps_of_a_124m_config_compile_nothing_after_the_second(
+    run_flags, config, monkeypatch
+):
+    # a rank's share of an eighth, so that one card takes its steps as one of eight would
+    tasks = {"baseline_124m": 4, "maml_124m": 1}[config]
+    flags = run_flags(config, tasks_per_step=tasks, max_steps=20, eval_interval=10)
+    graphs, counts = torch._dynamo.utils.counters["stats"], []
+    check = train.check_finite
+
+    def counting(*loss):
+        counts.append(graphs["unique_graphs"])
+        check(*loss)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(train, "check_finite", counting)
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    train.main(flags)
+    assert len(counts) == 3 + 20 and counts[2] == counts[-1]  # evaluated, step 0, step 1; the rest
+    at = [row for row in log_of(flags) if row["kind"] == "val"]
+    flops, tokens, seconds = (at[2][k] - at[1][k] for k in ("flops", "tokens", "seconds"))
+    SPEED[config] = tokens / seconds
+    print(f"\n{config}: {SPEED[config]:,.0f} tokens/s, {flops / seconds / 1e12:.3g} TFLOP/s")
+    if len(SPEED) == 2:
+        print(f"learner / baseline: {SPEED['maml_124m'] / SPEED['baseline_124m']:.2f}")
+
+
+SPEED = {}
+
+
+@mark
+@pytest.mark.parametrize("method", [{"inner_steps": 0}, FIRST], ids=["plain", "first"])
+def test_attention_is_fused_and_no_matrix_product_is_in_float32(run_flags, method):
+    cfg = train.Config(**train.read_arguments(run_flags("maml_124m")))
+    shape = {field: getattr(cfg, field) for field in train.SHAPE}
+    model = GPT(GPTConfig(vocab_size=512, **shape)).to(DEVICE)
+    how = {k: method[k] for k in ("first_order", "learn_inner_lr") if k in method}
+    step = bench.make_step(cfg, model, min(method["inner_steps"], 1), **how)
+    task = [t.to(DEVICE) for t in ids(8, cfg.block_size, vocab=512)]
+    step([task])
+    with torch.profiler.profile(record_shapes=True) as profile:
+        step([task])
+    events = profile.profiler.kineto_results.events()
+    products = Counter(
+        (e.name(), e.dtypes()[0]) for e in events if e.name() in ("aten::mm", "aten::addmm", "aten::bmm")
+    )
+    assert products and {dtype for _, dtype in products} == {"c10::BFloat16"}, products
+    fused = r"aten::_(scaled_dot_product_)?(flash|efficient|cudnn)_attention"
+    assert any(re.match(fused, e.name()) for e in events)
+
+
+def torchrun(n) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+
+
+@mark
+@pytest.mark.skipif(not DRY and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("config", CONFIGS)
+def test_two_gpus_do_what_one_does(run_flags, tmp_path, config):
+    logs = []
+    for n in (1, 2):
+        changes = dict(tasks_per_step=2, max_steps=3, eval_interval=3, n_layer=2, compile=False)
+        flags = run_flags(config, out_dir=tmp_path / str(n), **changes)
+        done = subprocess.run([*torchrun(n), HERE / "train.py", *flags], capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        logs.append([row["loss"] for row in log_of(flags) if row["kind"] != "run"])
+    torch.testing.assert_close(*logs, rtol=1e-3, atol=1e-3)
+
+
+@mark
+def test_asked_to_stop_a_run_saves_and_goes_on_from_there(run_flags):
+    flags = run_flags("maml_124m", tasks_per_step=1, max_steps=100_000, n_layer=2, compile=False)
+    command = [sys.executable, HERE / "train.py", *flags]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        time.sleep(0.2)
+        if run.poll() is not None or any(row["kind"] == "train" for row in log_of(flags)):
+            break
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 0
+    at = torch.load(Path(log_of(flags)[0]["config"]["out_dir"], "ckpt.pt"))["step"]
+    assert at > 0
+    subprocess.run([*command, "--init_from=resume", f"--max_steps={at + 5}"], check=True)
+    assert log_of(flags)[-1]["step"] == at + 5

@@ -290,7 +290,7 @@ def evaluate(learner: MAML, val: dict, roles: dict, rank=0, world_size=1, device
     table = torch.zeros(len(val), 2, device=device)
     for i, domain in list(enumerate(val))[rank::world_size]:
         x, y = to_device(val[domain], device)  # (P, R, T)
-        losses = [learner.loss(learner.theta(), *passage) for passage in zip(x, y, strict=True)]
+        losses = [learner.compiled_loss(learner.theta(), *rows) for rows in zip(x, y, strict=True)]
         table[i, 0] = torch.stack(losses).mean()
         if domain in unseen:
             table[i, 1] = learner.read(x, y)[0].mean()
