@@ -108,7 +108,7 @@ def best_adamw(measure) -> dict:
 
 
 def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
-    """Reads val passages of unseen domains by each rule, appends the rows to the log, prints them."""
+    """Reads val passages of unseen domains by each rule; the log gets rows, the screen tables."""
     cfg, log = ckpt["config"], path.parent / "log.jsonl"
     T = cfg["block_size"]
     data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
@@ -195,7 +195,7 @@ def rules_of(ckpt: dict) -> list[str]:
 
 
 def chosen_adamw(log: Path) -> dict:
-    """What adapting this run to its own tune domains chose, or the options that search begins with."""
+    """What adapting this run to its tune domains chose, or where that search begins."""
     lines = log.read_text().splitlines() if log.is_file() else []
     rows = [json.loads(line) for line in lines]
     chosen = [row["options"] for row in rows if row.get("rule") == "adamw"]
@@ -217,7 +217,7 @@ def sample(model: GPT, tokenizer, args, device) -> str:
 
 
 def table(title: str, curves: dict, T: int, passages: int):
-    """The mean loss of each rule, and its means by tokens read: up to an eighth, a fourth, a half."""
+    """The mean loss of each rule, and by tokens read: to an eighth, a fourth, a half, the end."""
     R = len(next(iter(curves.values())))
     edges = sorted({0, R // 8, R // 4, R // 2, R})
     heads = [f"{'0' if low == 0 else ''}-{high * T:,}" for low, high in pairwise(edges)]

@@ -1,13 +1,12 @@
 """Speed and memory of the learner, as ratios to plain training measured in one run.
 
-    python bench.py                       # a small model, on whatever this machine has
-    python bench.py --compile=True        # the same compiled: minutes of waiting
+    python bench.py --compile=True        # a small model, compiled: minutes
     python bench.py config/maml_124m.py   # a config's model, chunk, dtype, device; any --key=value
 
 A step learns K + 1 chunks, then calls optimizer.step(). Each case is timed beside plain training on
-the same chunks, in turns: A B A B. Medians are printed. The first row is plain training beside
-itself: it shows the noise. `per token` is the time over plain training's. `forwards` are counted as
-in maml.py; `of count` is measured over counted. `memory` is the peak over plain training's.
+the same chunks: A B A B. The first row, plain training beside itself, shows the noise. 'per token'
+is time over plain training's, 'forwards' are counted as in maml.py, 'of count' is measured over
+counted, 'memory' is the peak over plain training's. Medians are printed.
 """
 
 import sys
@@ -23,8 +22,7 @@ from model import GPT, GPTConfig
 from tasks import batch
 from train import SHAPE, Config, make_optimizer, pick_device, read_arguments, to_device
 
-ROUNDS = 5
-COLUMNS = ("ms", "tokens/s", "per token", "forwards", "of count", "memory", "TFLOP/s")
+ROUNDS, COLUMNS = 5, ("ms", "tokens/s", "per token", "forwards", "of count", "memory", "TFLOP/s")
 graphs = torch._dynamo.utils.counters["stats"]  # what torch.compile has compiled so far
 
 
@@ -33,33 +31,30 @@ def bench(cfg: Config, vocab_size: int):
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     torch._dynamo.config.recompile_limit = 64  # every learner compiles functions of its own
     torch.manual_seed(cfg.seed)
-    shape = {name: getattr(cfg, name) for name in SHAPE}
-    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(device)
+    shape = GPTConfig(vocab_size=vocab_size, **{name: getattr(cfg, name) for name in SHAPE})
+    model = GPT(shape).to(device)
     rows = cfg.batch_size // (K + 1)  # of a chunk
     ids = np.random.default_rng(cfg.seed).integers(vocab_size, size=(max(K + 1, 4) * rows, T + 1))
     x, y = to_device(batch(ids), device)
-
-    plain, some = make_step(cfg, model, inner_steps=0), sorted({1, K} - {0})
-    cases = [("plain training", K + 1, 3 * (K + 1), plain)]  # its chunks, forwards and step
-    for k, rates in [(k, rates) for rates in ("tensor", "element") for k in some]:
+    plain = make_step(cfg, model, inner_steps=0)
+    cases, pairs = [("plain training", K + 1, 3 * (K + 1), plain)], []  # chunks, forwards, step
+    for k, rates in [(k, rates) for rates in ("tensor", "element") for k in sorted({1, K} - {0})]:
         step = make_step(cfg, model, k, first_order=True, learn_inner_lr=rates)
         cases.append((f"first order, K={k}, {rates}", k + 1, 3 * (k + 1), step))
-    for k in (1, 3):
-        cases.append((f"second order, K={k}", k + 1, 12 * k + 3, make_step(cfg, model, k)))
-
-    pairs = []
+    cases += [(f"second order, K={k}", k + 1, 12 * k + 3, make_step(cfg, model, k)) for k in (1, 3)]
     for _, n, _, step in cases:
         task = x[: n * rows], y[: n * rows]
         chunks = list(zip(*(t.chunk(n) for t in task), strict=True))
         pairs.append([(plain, chunks), (step, chunks if step is plain else [task])])
+
     memory = [[peak_memory(*run) for run in pair] for pair in tqdm(pairs, "warming up")]
     compiled = graphs["unique_graphs"]
-    rounds = [[[timed(*run) for run in p] for p in pairs] for _ in tqdm(range(ROUNDS), "timing")]
-    seconds = np.array(rounds)  # (rounds, cases, 2): of plain training, and of the case beside it
-
+    seconds = [[[timed(*run) for run in p] for p in pairs] for _ in tqdm(range(ROUNDS), "timing")]
     print(" " * 26 + "".join(name.rjust(10) for name in COLUMNS))
     for i, (name, n, forwards, _) in enumerate(cases):
-        took, ratio = np.median([(case, case / beside) for beside, case in seconds[:, i]], axis=0)
+        took, ratio = np.median(
+            [(case, case / beside) for beside, case in [s[i] for s in seconds]], axis=0
+        )
         flops = forwards * rows * T * model.flops_per_token(T) / took / 1e12
         cells = [f"{1e3 * took:.1f}", f"{n * rows * T / took:,.0f}", f"{ratio:.3f}", f"{forwards}"]
         cells += [f"{ratio * 3 * n / forwards:.3f}", f"{memory[i][1] / memory[i][0]:.2f}"]
@@ -71,8 +66,9 @@ def make_step(cfg: Config, model: GPT, inner_steps: int, first_order=False, lear
     """A function of tasks that takes an outer step, and returns the tensors that are kept."""
     how = {name: getattr(cfg, name) for name in ("inner_lr", "inner_optimizer", "inner_clip")}
     how |= dict(first_order=first_order, learn_inner_lr=learn_inner_lr, compile=cfg.compile)
-    autocast = torch.bfloat16 if cfg.dtype == "bfloat16" else None
-    learner = MAML(model, inner_steps, autocast=autocast, **how).to(model.lm_head.weight.device)
+    how["autocast"] = torch.bfloat16 if cfg.dtype == "bfloat16" else None
+    with model.lm_head.weight.device:  # where the rates go too
+        learner = MAML(model, inner_steps, **how)
     optimizer = make_optimizer(cfg, learner)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the learners share the model, so nobody may change it
@@ -88,11 +84,8 @@ def make_step(cfg: Config, model: GPT, inner_steps: int, first_order=False, lear
 
 
 def timed(step, tasks) -> float:
-    wait = torch.cuda.synchronize if tasks[0][0].is_cuda else lambda: None
-    wait()
     began = time.perf_counter()
-    step(tasks)
-    wait()
+    step(tasks)[0].sum().item()  # .item() waits for a GPU
     return time.perf_counter() - began
 
 
@@ -100,10 +93,10 @@ def peak_memory(step, tasks) -> int:
     """Bytes that are kept from step to step, and the height of a step above them."""
     kept = sum(t.numel() * t.element_size() for t in step(tasks))
     if tasks[0][0].is_cuda:
-        before = torch.cuda.memory_allocated()
+        others = torch.cuda.memory_allocated() - kept
         torch.cuda.reset_peak_memory_stats()
         step(tasks)
-        return kept + torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated() - others
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step(tasks)
     events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]

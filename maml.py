@@ -30,7 +30,7 @@ Tensors = dict[str, torch.Tensor]  # by parameter name
 
 
 def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """(gradients by name, outer loss) of a task x, y (B, T): MAML's definition in torch's own words.
+    """(gradients by name, outer loss) of a task x, y (B, T): the definition, in torch's own words.
 
     grad_and_value(f) is a function like f that returns (d f / d its first argument, f). It writes
     nothing to .grad, and it can be differentiated again: here the outer one goes through the inner
@@ -51,7 +51,7 @@ def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensor
 
 
 def outer_loss(learner, theta, log_lr, x, y, gradient, loss_of) -> torch.Tensor:
-    """The two loops: what is predicted while it is learned. `gradient` returns (g, loss) of a chunk."""
+    """The two loops: what is predicted while it is learned. `gradient`: (g, loss) of a chunk."""
     phi, state, total = theta, learner.start(theta), 0.0
     *support, last = learner.plan(x, y)
     for xj, yj, weight, factor in support:
@@ -112,7 +112,7 @@ RATE_SHAPES = {"no": None, "tensor": lambda p: (), "element": lambda p: p.shape}
 
 
 class MAML(nn.Module):
-    """forward maps one task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
+    """forward maps a task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
 
     learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element', the same in
     all inner steps and at first inner_lr. inner_clip bounds the norm of each inner gradient, in
@@ -250,15 +250,15 @@ class MAML(nn.Module):
         return (total + weight * loss, d_theta, d_log_lr), phi, state
 
     # ----------------------------------------------------------------------------------------------
-    # second order: the definition, with a gradient whose own derivative is computed when it is asked
+    # Second order: the definition, with a gradient whose derivative is computed when asked for.
 
     def differentiable_gradient(self, phi: Tensors, x, y) -> tuple[Tensors, torch.Tensor]:
         *g, loss = SecondOrder.apply(self, x, y, *phi.values())
         return dict(zip(phi, g, strict=True)), loss
 
     def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> tuple[Tensors, Tensors]:
-        """g and H v. As H is symmetric there are two ways: forward over reverse has no tape and wins
-        compiled, reverse over reverse wins eagerly. Outside, the contexts would not be compiled."""
+        """g and H v. H is symmetric, so there are two ways. Forward over reverse has no tape and
+        wins compiled, reverse over reverse wins eagerly. Contexts outside would not be compiled."""
 
         def gradient(phi):
             return grad(self.loss)(phi, x, y)
@@ -272,7 +272,7 @@ class MAML(nn.Module):
 
 
 class FirstOrder(torch.autograd.Function):
-    """(learner, x, y, *theta, *log_lr) -> outer loss, whose gradients are known as soon as it is."""
+    """(learner, x, y, *theta, *log_lr) -> outer loss, whose gradients are known when it is."""
 
     @staticmethod
     def forward(ctx, learner, x, y, *parameters):

@@ -59,7 +59,7 @@ class GPT(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None):
-        """(B, T) ids -> logits (B, T, V), and the mean cross-entropy in nats per token of targets y.
+        """(B, T) ids -> logits (B, T, V), and the mean cross-entropy of targets y in nats per token.
 
         Targets of -1 do not count. ValueError if T exceeds block_size.
         """
@@ -76,7 +76,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, x, max_new_tokens: int, temperature=1.0, top_k=None, generator=None):
-        """x (B, T) with max_new_tokens more. The generator decides the draw; temperature 0 takes the mode."""
+        """x (B, T) with max_new_tokens more; generator decides the draw, temperature 0 has none."""
         for _ in range(max_new_tokens):
             logits, _ = self(x[:, -self.config.block_size :])
             logits = logits[:, -1].float()  # (B, V)
@@ -102,7 +102,7 @@ class GPT(nn.Module):
         ]
 
     def flops_per_token(self, T: int) -> int:
-        """Forward FLOPs of the matrix products for one token of a T-token row; a multiply-add is two.
+        """Forward FLOPs of matrix products for one token of a T-token row; a multiply-add is two.
 
         Attention is counted in full although half of it is masked, as is the custom (PaLM, appendix
         B), so that the figures compare. A plain training step costs three times this.

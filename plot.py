@@ -3,8 +3,8 @@
     python plot.py out/baseline_demo out/rates_demo out/maml_demo -o out/curves.png
 
 The first run is the baseline. Left: how unseen text is read, the baseline without learning and by
-AdamW, the other runs by the rates they have learned (adapt.py writes these rows). Right: the loss on
-held-out domains while training. Runs that differ in their seed alone are one method: a line is
+AdamW, the other runs by the rates they have learned (adapt.py writes these rows). Right: the loss
+on held-out domains while training. Runs that differ in their seed alone are one method: a line is
 their mean, a band their range.
 """
 
@@ -77,8 +77,8 @@ def reading_curve(rows: list[dict], rule: str, dataset: str | None = None):
     """(tokens of a row, mean loss of each row (R,)) over the held-out domains; None if not read."""
     dataset, found = dataset or rows[0]["dataset"]["name"], {}
     for row in rows:  # newer rows replace older ones
-        if row["kind"] == "adapt" and row["rule"] == rule and row["dataset"] == dataset:
-            if row["role"] == "heldout":
+        if row["kind"] == "adapt" and row["role"] == "heldout":
+            if (row["rule"], row["dataset"]) == (rule, dataset):
                 found[row["domain"]] = row
     if not found:
         return None
@@ -96,7 +96,7 @@ def running(curve: np.ndarray) -> np.ndarray:
 
 
 def tokens_needed(curve: np.ndarray, level: float, T: int) -> int | None:
-    """Tokens read when `running` has come down to a level and stays there; None if it never does."""
+    """Tokens read when `running` has come down to a level for good; None if it never does."""
     above = np.flatnonzero(running(curve) > level)
     n = above[-1] + 2 if len(above) else 1
     return n * T if n <= len(curve) else None
@@ -122,9 +122,7 @@ def reading_lines(methods: dict, dataset=None) -> list[tuple[str, int, np.ndarra
 
 def print_table(lines):
     R, T = lines[0][2].shape[1], lines[0][1]
-    print(
-        f"unseen text, nats per token over its first {R * T:,} tokens, each predicted, then learned:"
-    )
+    print(f"unseen text, nats per token over the first {R * T:,}, each predicted, then learned:")
     for label, _, curves in lines:
         means = curves.mean(1)
         spread = f" ± {means.std(ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""

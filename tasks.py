@@ -3,13 +3,12 @@
     data = Dataset("data/local", block_size=128, batch_size=16, tasks_per_step=4, tasks="passage")
     x, y = data.task(step=0, task=0)  # (B, T) ids, and the ids that follow them
 
-Every draw is a pure function of (seed, step, task). So resuming needs no state but the step, evaluating cannot move
-training, and the number of processes does not change the data.
+Every draw is a pure function of (seed, step, task). So resuming needs no state but the step,
+evaluating cannot move training, and the number of processes does not change the data.
 """
 
 import hashlib
 import json
-import string
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ ROLES = ("train", "tune", "heldout")
 
 
 def open_shard(path) -> np.ndarray:
-    """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if it is none or cut short."""
+    """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if none or cut short."""
     path = Path(path)
     header = np.fromfile(path, np.int32, 3) if path.exists() else ()
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
@@ -68,7 +67,7 @@ def read_meta(path: Path) -> dict:
 
 
 class Dataset:
-    """A prepared dataset. ValueError or FileNotFoundError say what is missing and how to make it."""
+    """A prepared dataset. ValueError and FileNotFoundError say what is missing and what to do."""
 
     def __init__(
         self,
@@ -78,28 +77,20 @@ class Dataset:
         tasks_per_step: int = 1,
         tasks: str = "mixed",
         seed: int = 1,
-        permute_share: float = 0.0,
     ):
         self.root, self.T, self.batch_size = Path(root), block_size, batch_size
         self.tasks_per_step, self.tasks, self.seed = tasks_per_step, tasks, seed
-        self.permute_share = permute_share
         if not (self.root / "meta.json").is_file():
             remedy = f"run python prepare_data.py {self.root.name}, or PATH --name {self.root.name}"
             raise FileNotFoundError(f"no data at {self.root}: {remedy}")
         self.meta = read_meta(self.root / "meta.json")
-        if permute_share and self.meta["tokenizer"] != "bytes":
-            raise ValueError(
-                "permute_share swaps letters, so it needs the bytes tokenizer: set it to 0"
-            )
         self.roles = {d: entry["role"] for d, entry in self.meta["domains"].items()}
         self.paths, self.ends = {}, {}  # by (domain, split): the shards, and where each ends
         for d, entry in self.meta["domains"].items():
             for split in ("train", "val"):
                 paths = [self.root / path for path in entry["shards"][split]]
-                self.paths[d, split] = paths
-                self.ends[d, split] = np.cumsum(
-                    [len(shard(path)) for path in paths], dtype=np.int64
-                )
+                lengths = np.array([len(shard(path)) for path in paths], np.int64)
+                self.paths[d, split], self.ends[d, split] = paths, lengths.cumsum()
         self.train_domains = sorted(d for d, role in self.roles.items() if role == "train")
         # What is trained on, by name and hash of content. The other roles are not part of it.
         self.trained = {d: self.meta["domains"][d]["shards"]["train"] for d in self.train_domains}
@@ -118,13 +109,10 @@ class Dataset:
             rows = np.concatenate([self.train_rows(d, n, draw) for d, n in counts.items()])
             return batch(rows[draw.permutation(B)])
         domain = self.step_domains(step, self.tasks_per_step)[task]
-        rows = self.train_rows(domain, B, draw, consecutive=self.tasks == "passage")
-        if draw.random() < self.permute_share:
-            rows = permute_alphabet(rows, draw)
-        return batch(rows)
+        return batch(self.train_rows(domain, B, draw, consecutive=self.tasks == "passage"))
 
     def step_domains(self, step: int, n: int) -> list[str]:
-        """The domains of a step's n draws: none twice before all have come once, in random order."""
+        """The domains of a step's n draws, in random order: none twice before all came once."""
         draw = rng(self.seed, "domains", step)
         order = draw.permutation(len(self.train_domains))
         return [self.train_domains[order[i % len(order)]] for i in draw.permutation(n)]
@@ -147,7 +135,7 @@ class Dataset:
     def passages(self, domain: str, n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x, y (n, rows, T): n passages of consecutive rows, evenly spaced over the val split.
 
-        The same at every call. A small split gives fewer passages, and one shorter passage at least.
+        The same at every call. A small split gives fewer passages, or one shorter passage.
         """
         blocks = (self.length(domain, "val") - 1) // self.T
         if blocks < 1:
@@ -186,23 +174,8 @@ def batch(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
 
 
-def permute_alphabet(rows: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Byte ids as if letters, and half of the time punctuation too, had changed places.
-
-    What the model knows of words is of no use then: it must learn from what it has just read.
-    """
-    table = np.arange(2**16)
-    order = draw.permutation(26)
-    table[ord("a") : ord("z") + 1] = ord("a") + order
-    table[ord("A") : ord("Z") + 1] = ord("A") + order
-    if draw.random() < 0.5:
-        marks = np.array([ord(mark) for mark in string.punctuation])
-        table[marks] = draw.permutation(marks)
-    return table[rows]
-
-
 def ahead(draw, keys) -> Iterator:
-    """draw(*key) for each key, the next one drawn by a thread while the caller works on this one."""
+    """draw(*key) for each key; a thread draws the next while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         pending = deque()
         for key in keys:

@@ -60,7 +60,6 @@ class Config:
     tasks: str = "mixed"  # rows from anywhere; of one 'domain'; consecutive ones: a 'passage'
     batch_size: int = 16  # rows of a task, cut into inner_steps + 1 chunks
     tasks_per_step: int = 8  # the meta-batch; the processes share it out
-    permute_share: float = 0.0  # of tasks whose alphabet is permuted, so that only learning helps
     max_steps: int = 1000
     # the outer optimizer, AdamW
     learning_rate: float = (
@@ -150,7 +149,6 @@ def train(given: dict):
         tasks_per_step=cfg.tasks_per_step,
         tasks=cfg.tasks,
         seed=cfg.seed,
-        permute_share=cfg.permute_share,
     )
     val = {d: data.passages(d, cfg.eval_passages, cfg.eval_rows) for d in data.roles}
     ids = data.meta["vocab_size"]

@@ -17,4 +17,3 @@ max_steps = 2000
 learning_rate = 4e-3
 warmup_steps = 120
 eval_interval = 400
-eval_passages = 2
