@@ -59,7 +59,7 @@ class GPT(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None):
-        """(B, T) ids -> logits (B, T, V), and the mean cross-entropy of targets y in nats per token.
+        """(B, T) ids -> logits (B, T, V), and the mean cross-entropy of y in nats per token.
 
         Targets of -1 do not count. ValueError if T exceeds block_size.
         """

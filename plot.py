@@ -77,9 +77,10 @@ def reading_curve(rows: list[dict], rule: str, dataset: str | None = None):
     """(tokens of a row, mean loss of each row (R,)) over the held-out domains; None if not read."""
     dataset, found = dataset or rows[0]["dataset"]["name"], {}
     for row in rows:  # newer rows replace older ones
-        if row["kind"] == "adapt" and row["role"] == "heldout":
-            if (row["rule"], row["dataset"]) == (rule, dataset):
-                found[row["domain"]] = row
+        if (row["kind"], row.get("role")) != ("adapt", "heldout"):
+            continue
+        if (row["rule"], row["dataset"]) == (rule, dataset):
+            found[row["domain"]] = row
     if not found:
         return None
     T = next(iter(found.values()))["row_tokens"]

@@ -17,6 +17,6 @@ inner_clip = 4.0
 learn_inner_lr = "element"
 inner_lr = 0.05
 inner_lr_lr = 0.1
-learning_rate = 2e-3
+learning_rate = 4e-3
 warmup_steps = 10
 eval_interval = 64

@@ -49,9 +49,7 @@ def read_rows(rows: list[dict]) -> dict:
 
 
 def print_runs(logs):
-    print(
-        "| method | seeds | tokens | FLOPs | seconds | held-out loss of theta | AdamW (first seed) |"
-    )
+    print("| method | seeds | tokens | FLOPs | seconds | held-out, theta | AdamW (first seed) |")
     print("|---|---|---|---|---|---|---|")
     for method, seeds in logs.items():
         rows = next(iter(seeds.values()))
