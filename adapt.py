@@ -114,16 +114,7 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
     data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
     if data.meta["tokenizer"] != ckpt["dataset"]["tokenizer"]:
         raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
-    trained = {
-        sha256 for shards in ckpt["dataset"]["shards"].values() for sha256 in shards.values()
-    }
-    passages, rows = {}, -(-args.tokens // T)
-    for domain, entry in data.meta["domains"].items():
-        if not trained & set(entry["shards"]["train"].values()):
-            xy = data.passages(domain, args.passages, rows)
-            passages[domain] = [t.to(device) for t in xy]  # (P, R, T)
-    if not passages:
-        raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
+    passages = unseen_passages(data, ckpt, args, device)
     tune = [d for d in passages if data.roles[d] == "tune"]
     heldout = [d for d in passages if d not in tune] or tune
 
@@ -152,6 +143,18 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
     if len(heldout) > 1:
         table("mean of " + ", ".join(heldout), mean, T, args.passages)
     print_fewer_examples(mean, T)
+
+
+def unseen_passages(data: Dataset, ckpt: dict, args, device) -> dict:
+    """{domain: (x, y) of (P, R, T)}, of domains whose text the checkpoint was never trained on."""
+    passages, trained = {}, set(ckpt["dataset"]["trained"])
+    for domain, entry in data.meta["domains"].items():
+        if not trained & set(entry["shards"]["train"].values()):
+            xy = data.passages(domain, args.passages, -(-args.tokens // data.T))
+            passages[domain] = [t.to(device) for t in xy]
+    if not passages:
+        raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
+    return passages
 
 
 def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):

@@ -31,8 +31,8 @@ def bench(cfg: Config, vocab_size: int):
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     torch._dynamo.config.recompile_limit = 64  # every learner compiles functions of its own
     torch.manual_seed(cfg.seed)
-    shape = GPTConfig(vocab_size=vocab_size, **{name: getattr(cfg, name) for name in SHAPE})
-    model = GPT(shape).to(device)
+    shape = {name: getattr(cfg, name) for name in SHAPE}
+    model = GPT(GPTConfig(vocab_size=vocab_size, **shape)).to(device)
     rows = cfg.batch_size // (K + 1)  # of a chunk
     ids = np.random.default_rng(cfg.seed).integers(vocab_size, size=(max(K + 1, 4) * rows, T + 1))
     x, y = to_device(batch(ids), device)
@@ -52,9 +52,8 @@ def bench(cfg: Config, vocab_size: int):
     seconds = [[[timed(*run) for run in p] for p in pairs] for _ in tqdm(range(ROUNDS), "timing")]
     print(" " * 26 + "".join(name.rjust(10) for name in COLUMNS))
     for i, (name, n, forwards, _) in enumerate(cases):
-        took, ratio = np.median(
-            [(case, case / beside) for beside, case in [s[i] for s in seconds]], axis=0
-        )
+        times = [(case, case / beside) for beside, case in (s[i] for s in seconds)]
+        took, ratio = np.median(times, axis=0)
         flops = forwards * rows * T * model.flops_per_token(T) / took / 1e12
         cells = [f"{1e3 * took:.1f}", f"{n * rows * T / took:,.0f}", f"{ratio:.3f}", f"{forwards}"]
         cells += [f"{ratio * 3 * n / forwards:.3f}", f"{memory[i][1] / memory[i][0]:.2f}"]
@@ -99,9 +98,8 @@ def peak_memory(step, tasks) -> int:
         return torch.cuda.max_memory_allocated() - others
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step(tasks)
-    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    heights = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    return kept + int(heights.max())
+    events = sorted(run.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    return kept + int(np.cumsum([e.nbytes() for e in events if e.name() == "[memory]"]).max())
 
 
 if __name__ == "__main__":

@@ -664,9 +664,15 @@ def test_no_domain_that_was_trained_on_is_read_whatever_its_role_is_now(trained,
     for domain in meta["domains"]:
         shutil.copytree(data_dir / "tiny" / domain, data_dir / "other" / domain)
     run = shutil.copytree(trained / "plain", text / "copy")
+    moved = [f"--data_dir={data_dir}", "--dataset=other", "--device=cpu"]
+    read = ["--dataset", "other", "--passages", "2", "--tokens", "64", "--rules", "none"]
+    adapt.main([str(run), *read])
+    printed = capsys.readouterr().out
+    assert "far: " in printed and "alpha" not in printed
+    train.main([f"--init_from={run}/ckpt.pt", f"--out_dir={text}/more", "--max_steps=1", *moved])
     adapt.main(
-        [str(run), "--dataset", "other", "--passages", "2", "--tokens", "64", "--rules", "none"]
-    )
+        [str(text / "more"), *read]
+    )  # it goes on without alpha, which it has seen all the same
     printed = capsys.readouterr().out
     assert "far: " in printed and "alpha" not in printed
     for domain in ("tune", "far"):

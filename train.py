@@ -196,6 +196,9 @@ def train(given: dict):
         if len(set(seen)) > 1:
             raise ValueError(f"the processes begin at different steps or data: {seen}: start again")
     header = make_header(cfg, data, model, before, device, world_size)
+    if ckpt:  # no text that the checkpoint was trained on may count as unseen
+        earlier = ckpt.get("dataset", {}).get("trained", [])
+        header["dataset"]["trained"] = sorted({*header["dataset"]["trained"], *earlier})
     if rank == 0:
         open_log(out, header, first_step, resumed)
         print(summary(cfg, header), flush=True)
@@ -213,11 +216,11 @@ def train(given: dict):
             losses = evaluate(learner, val, data.roles, rank, world_size, device)
             check_finite(step, sum(losses["loss"].values()))
             if rank == 0:
-                save(out, at, learner, optimizer, cfg, data, before, seconds)
+                save(out, at, learner, optimizer, header, seconds)
                 append_row(out, {"kind": "val", **at, **losses})
                 bar.write(one_line(step, losses, data.roles))
         elif stop and rank == 0:
-            save(out, at, learner, optimizer, cfg, data, before, seconds)
+            save(out, at, learner, optimizer, header, seconds)
             bar.write(f"stopped at step {step}: the same command with --init_from=resume goes on")
         if last or stop:
             break
@@ -338,21 +341,20 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike")
 
 
-def save(out: Path, at: dict, learner, optimizer, cfg: Config, data: Dataset, before, seconds):
+def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: float):
     """ckpt.pt, atomically: written beside it and renamed, so that there is always a whole one."""
-    rates = {k: v for k, v in learner.state_dict().items() if not k.startswith("model.")}
-    trained_on = {"name": cfg.dataset, "tokenizer": data.meta["tokenizer"], "shards": data.trained}
+    rates = {k: v for k, v in learner.state_dict().items() if k.startswith("log_inner_lr")}
     ckpt = {
         "model": learner.model.state_dict(),
         "model_args": dataclasses.asdict(learner.model.config),
         "learner": rates,
         "optimizer": optimizer.state_dict(),
-        "config": dataclasses.asdict(cfg),
-        "dataset": trained_on | {"sha256": data.sha256},
+        "config": header["config"],
+        "dataset": header["dataset"],
         "step": at["step"],
         "seconds": seconds,
-        "before": before,
-        "spent": {k: at[k] for k in before},
+        "before": header["before"],
+        "spent": {k: at[k] for k in header["before"]},
     }
     temporary = out / "ckpt.pt.tmp"
     try:
@@ -414,8 +416,13 @@ def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, wo
         "tokens_per_step": tokens,
         "flops_per_step": forwards * tokens * model.flops_per_token(cfg.block_size),
         "before": before,
-        "dataset": {"name": cfg.dataset, "sha256": data.sha256, "roles": data.roles}
-        | {"tokenizer": data.meta["tokenizer"]},
+        "dataset": {
+            "name": cfg.dataset,
+            "tokenizer": data.meta["tokenizer"],
+            "roles": data.roles,
+            "sha256": data.sha256,
+            "trained": sorted(h for shards in data.trained.values() for h in shards.values()),
+        },
     }
 
 
