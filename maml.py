@@ -137,8 +137,9 @@ class MAML(nn.Module):
         inner_warmup: int = 0,
     ):
         super().__init__()
-        words = {inner_optimizer: UPDATES, inner_schedule: SCHEDULES}
-        for word, known in (words | {objective: OBJECTIVES, learn_inner_lr: RATE_SHAPES}).items():
+        words = inner_optimizer, inner_schedule, objective, learn_inner_lr
+        tables = UPDATES, SCHEDULES, OBJECTIVES, RATE_SHAPES
+        for word, known in zip(words, tables, strict=True):
             if word not in known:
                 choices = " or ".join(map(repr, known))
                 raise ValueError(f"{word!r} is unknown to MAML: choose {choices}")
@@ -244,8 +245,8 @@ class MAML(nn.Module):
         total, d_theta, d_log_lr = sums
         g, loss = self.gradient(phi, x, y)
         d_theta = {n: d + weight * g[n] for n, d in d_theta.items()}
-        for n, d in d_log_lr.items():
-            d_log_lr[n] = d + (weight * g[n] * (phi[n] - theta[n])).sum_to_size(d.shape)
+        moved = {n: weight * g[n] * (phi[n] - theta[n]) for n in d_log_lr}
+        d_log_lr = {n: d + moved[n].sum_to_size(d.shape) for n, d in d_log_lr.items()}
         phi, state = self.learn(phi, g, log_lr, state, factor)
         return (total + weight * loss, d_theta, d_log_lr), phi, state
 

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapt
+import maml
 import plot
 import prepare_data
 import tasks
@@ -444,16 +445,47 @@ def test_the_logits_are_those_of_gpt2_in_transformers():
     torch.testing.assert_close(ours(x)[0], theirs(x).logits, rtol=0, atol=1e-4)
 
 
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_snippets_of_the_readme_run_as_they_stand():
-    names = {}
-    method, another_model = re.findall(
-        r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S
-    )
+    names, (method, another_model, _) = {}, snippets()
     exec(method, names)
     grads = {n: p.grad for n, p in names["learner"].model.named_parameters()}
     assert distance(grads, names["meta_gradient"]) < 1e-4
     exec(another_model, names)  # a model that is no GPT
     assert all(p.grad.any() for p in names["learner"].parameters())
+
+
+def test_the_trained_model_is_one_of_transformers(trained, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    shutil.copytree(trained / "maml", tmp_path / "out/maml_demo")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippets()[2], names)
+    x, _ = task(rows=2, T=16, vocab=257)
+    theirs, ours = names["hf"](x).logits, names["model"](x)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert ours.std() > 0.5
+
+
+def test_the_inner_optimizer_of_the_readme_is_exact(monkeypatch):
+    recipe = (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0]
+    added = [line[1:] for line in recipe.splitlines() if line.startswith("+")]
+    monkeypatch.setattr(maml, "UPDATES", dict(maml.UPDATES))
+    names = {"torch": torch, "sgd": maml.sgd, "adamw": maml.adamw, "adamw_start": maml.adamw_start}
+    exec("\n".join(added), names)
+    maml.UPDATES.update(names["UPDATES"])
+    learner, (x, y) = (
+        MAML(tiny_gpt(), 3, 0.05, "momentum", learn_inner_lr="element").double(),
+        task(),
+    )
+    for first_order in (False, True):
+        learner.first_order = first_order
+        assert distance(backward(learner, x, y)[0], meta_grad(learner, x, y)[0]) < 1e-12
+    losses, _ = learner.read(*passages())
+    assert losses.isfinite().all()
 
 
 def test_generation_is_decided_by_the_callers_generator():
