@@ -8,12 +8,13 @@ Passages of consecutive rows are read: each row is predicted, then learned. The 
 counts once, before it was learned. Three rules of learning, for every checkpoint alike:
 
     none    theta as it is
-    adamw   AdamW, with the rate, steps per row, frozen embeddings and beta2 that are best on the
-            tune domains by this same measure
-    own     the rates that the checkpoint has learned
+    adamw   AdamW, gradients clipped to a norm of 1. Its rate, steps on each row, beta2 and whether
+            embeddings are frozen are those with the lowest such loss on the tune domains
+    own     the inner loop that the checkpoint was trained with, at the rates that it has learned
 """
 
 import argparse
+import dataclasses
 import json
 from functools import partial
 from itertools import pairwise
@@ -27,7 +28,7 @@ from model import GPT
 from plot import running, tokens_needed
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
-from train import append_row, load_checkpoint, load_rates, pick_device
+from train import Config, append_row, load_checkpoint, load_rates, make_learner, pick_device
 
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the search for AdamW's best
@@ -37,20 +38,12 @@ SIDE_BY_SIDE = 50e6  # parameters that passages read at once may have together, 
 # reading: the learner's own inner loop, passages side by side
 
 
-def own_learner(model: GPT, ckpt: dict) -> MAML:
-    """The inner loop that the checkpoint was trained with, and the rates it has learned."""
-    cfg = ckpt["config"]
-    learner = MAML(
-        model,
-        inner_lr=cfg["inner_lr"],
-        inner_optimizer=cfg["inner_optimizer"],
-        learn_inner_lr=cfg["learn_inner_lr"],
-        inner_clip=cfg["inner_clip"],
-        inner_schedule=cfg["inner_schedule"],
-        inner_warmup=cfg["inner_warmup"],
-    )
+def own_learner(model: GPT, ckpt: dict) -> tuple[MAML, int]:
+    """The inner loop that the checkpoint was trained with, its learned rates, its rows a chunk."""
+    cfg = dataclasses.replace(Config(**ckpt["config"]), compile=False, dtype="float32")
+    learner = make_learner(cfg, model)
     load_rates(learner, ckpt["learner"])
-    return learner
+    return learner, cfg.batch_size // (cfg.inner_steps + 1)
 
 
 def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
@@ -69,10 +62,13 @@ def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
         rows = (t.flatten(0, 1).split(1) for t in (x, y))  # P * R times (1, T)
         losses = torch.stack([model(*row)[1] for row in zip(*rows, strict=True)])
         return losses.view(x.shape[:2]).cpu().numpy(), dict(model.named_parameters())
-    learner = own_learner(model, ckpt) if rule == "own" else adamw_learner(model, **options)
+    if rule == "own":
+        learner, chunk = own_learner(model, ckpt)
+    else:
+        learner, chunk = adamw_learner(model, **options), 1
     n = max(1, int(SIDE_BY_SIDE / sum(p.numel() for p in model.parameters())))
     parts = zip(x.split(n), y.split(n), strict=True)
-    results = [learner.to(x.device).read(*part, repeat=steps) for part in parts]
+    results = [learner.to(x.device).read(*part, chunk, repeat=steps) for part in parts]
     return torch.cat([losses for losses, _ in results]).cpu().numpy(), results[-1][1]
 
 
@@ -125,7 +121,8 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
     options = {rule: {} for rule in args.rules or rules_of(ckpt)}
     if "adamw" in options:
         options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
-        print(f"adamw with {options['adamw']}, best on {', '.join(tune) or 'the tune domains'}")
+        where = f"best on {', '.join(tune)}" if tune else "chosen before, or not tuned at all"
+        print(f"adamw with {options['adamw']}, {where}")
     curves = {}  # by (rule, domain): (R,)
     at = {"kind": "adapt", "step": ckpt["step"], **ckpt["spent"], "dataset": data.root.name}
     for rule, chosen in options.items():
@@ -135,23 +132,27 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
             row |= {"options": chosen, "row_tokens": T, "passages": len(losses)}
             row |= {"loss": losses.mean(0).round(4).tolist()}
             row |= {"by_passage": losses.mean(1).round(4).tolist()}
-            append_row(path.parent, at | row)
+            if path.name == "ckpt.pt":  # another checkpoint is not the run's result
+                append_row(path.parent, at | row)
             curves[rule, domain] = np.array(row["loss"])
-    for domain in passages:
-        table(domain, {rule: curves[rule, domain] for rule in options}, T, len(losses))
+    for domain, (x, _) in passages.items():
+        table(domain, {rule: curves[rule, domain] for rule in options}, T, len(x))
     mean = {rule: np.mean([curves[rule, d] for d in heldout], 0) for rule in options}
     if len(heldout) > 1:
-        table("mean of " + ", ".join(heldout), mean, T, args.passages)
+        P = sum(len(passages[d][0]) for d in heldout)
+        table("mean of " + ", ".join(heldout), mean, T, P)
     print_fewer_examples(mean, T)
 
 
 def unseen_passages(data: Dataset, ckpt: dict, args, device) -> dict:
     """{domain: (x, y) of (P, R, T)}, of domains whose text the checkpoint was never trained on."""
-    passages, trained = {}, set(ckpt["dataset"]["trained"])
-    for domain, entry in data.meta["domains"].items():
-        if not trained & set(entry["shards"]["train"].values()):
-            xy = data.passages(domain, args.passages, -(-args.tokens // data.T))
-            passages[domain] = [t.to(device) for t in xy]
+    passages, R = {}, -(-args.tokens // data.T)
+    for domain in data.unseen(ckpt["dataset"]["trained"]):
+        x, y = data.passages(domain, args.passages, R)
+        if x.size(1) < R:
+            few = f"the val split of {domain!r} has only {x.numel():,} tokens"
+            raise ValueError(f"{few}: give it more text, or use --tokens {x.numel()}")
+        passages[domain] = (x.to(device), y.to(device))
     if not passages:
         raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
     return passages
@@ -265,6 +266,10 @@ def main(argv: list[str] | None = None):
         path = path if path.suffix == ".pt" else path / "ckpt.pt"
         ckpt, model = load_checkpoint(path)
         device = pick_device(args.device)
+        if unknown := set(args.rules or []) - set(rules_of(ckpt)):
+            raise ValueError(f"{path} has no inner loop of its own: leave {min(unknown)!r} out")
+        if args.tokens < 1 or args.passages < 1 or (args.save and not args.text):
+            raise ValueError("--tokens and --passages must be positive, and --save needs --text")
         adapt = adapt_to_text if args.text else adapt_to_domains
         if not args.text and "spent" not in ckpt:
             raise ValueError(f"{path} does not say what it was trained on: give a --text to read")

@@ -32,9 +32,11 @@ Tensors = dict[str, torch.Tensor]  # by parameter name
 def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     """(gradients by name, outer loss) of a task x, y (B, T): the definition, in torch's own words.
 
-    grad_and_value(f) is a function like f that returns (d f / d its first argument, f). It writes
-    nothing to .grad, and it can be differentiated again: here the outer one goes through the inner
-    ones. An optimizer's step() has no such derivative, for it overwrites theta in place.
+    learner.loss(phi, x, y) is functional_call(model, phi, (x, y))[1]: the model's forward with phi
+    instead of its parameters. The model is not changed, and gradients reach phi. grad_and_value(f)
+    is a function like f that returns (d f / d its first argument, f). It writes nothing to .grad,
+    and it can be differentiated again: here the outer one goes through the inner ones. An
+    optimizer's step() has no such derivative, for it overwrites theta in place.
     """
 
     def gradient(phi, x, y):
@@ -50,12 +52,12 @@ def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensor
     return dict(zip(names, [t for tree in grads for t in tree.values()], strict=True)), loss
 
 
-def outer_loss(learner, theta, log_lr, x, y, gradient, loss_of) -> torch.Tensor:
-    """The two loops: what is predicted while it is learned. `gradient`: (g, loss) of a chunk."""
+def outer_loss(learner, theta, log_lr, x, y, gradient_of, loss_of) -> torch.Tensor:
+    """Predict a chunk, learn it, go on; the last one is only predicted. gradient_of: (g, loss)."""
     phi, state, total = theta, learner.start(theta), 0.0
     *support, last = learner.plan(x, y)
     for xj, yj, weight, factor in support:
-        g, loss = gradient(phi, xj, yj)
+        g, loss = gradient_of(phi, xj, yj)
         total = total + weight * loss
         phi, state = learner.learn(phi, g, log_lr, state, factor)
     xj, yj, weight, _ = last
@@ -180,7 +182,7 @@ class MAML(nn.Module):
         return dict(zip(self.names, self.log_inner_lr, strict=False))  # {} where none is learned
 
     def plan(self, x, y) -> list[tuple]:
-        """(x_j, y_j, weight, factor of the rates) for each chunk of a task."""
+        """(x_j, y_j, weight in the outer loss, factor of the rates) for each chunk of a task."""
         n = self.inner_steps + 1
         if x.size(0) % n:
             raise ValueError(
@@ -190,7 +192,7 @@ class MAML(nn.Module):
         return list(zip(x.chunk(n), y.chunk(n), weights, self.factors(n), strict=True))
 
     def factors(self, n: int) -> torch.Tensor:
-        """What the schedule multiplies the rates with at each of n inner steps."""
+        """What the schedule multiplies the rates with, at each of the n chunks of a text."""
         w = min(self.inner_warmup, n)
         warmup = [(j + 1) / (w + 1) for j in range(w)]
         return new_tensor(self.theta(), warmup + [self.schedule(j / (n - w)) for j in range(n - w)])
@@ -201,11 +203,11 @@ class MAML(nn.Module):
         return self.update(phi, clip(g, self.inner_clip), rates, state)
 
     @torch.no_grad()
-    def read(self, x: torch.Tensor, y: torch.Tensor, repeat: int = 1):
-        """Reads P passages side by side, x and y (P, R, T): each row is predicted, then learned.
+    def read(self, x: torch.Tensor, y: torch.Tensor, rows: int = 1, repeat: int = 1):
+        """Reads P passages side by side, x and y (P, R, T): each chunk is predicted, then learned.
 
-        Returns each row's loss before it was learned, (P, R), and every passage's phi at the end,
-        (P, ...) by name. repeat: inner steps on each row.
+        Returns the loss of each row's chunk before it was learned, (P, R), and every passage's phi
+        at the end, (P, ...) by name. A chunk has `rows` rows and is learned `repeat` times.
         """
 
         def step(phi, state, x, y, factor):
@@ -215,11 +217,11 @@ class MAML(nn.Module):
         phi = {n: p.detach().expand(len(x), *p.shape) for n, p in self.theta().items()}
         state, losses = vmap(self.start)(phi), []
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
-            for j, factor in enumerate(self.factors(x.size(1))):
-                row = x[:, j : j + 1], y[:, j : j + 1]  # (P, 1, T)
+            chunks = list(zip(x.split(rows, 1), y.split(rows, 1), strict=True))  # (P, rows, T)
+            for chunk, factor in zip(chunks, self.factors(len(chunks)), strict=True):
                 for again in range(repeat):
-                    loss, phi, state = vmap(step, (0, 0, 0, 0, None))(phi, state, *row, factor)
-                    losses += [] if again else [loss]
+                    loss, phi, state = vmap(step, (0, 0, 0, 0, None))(phi, state, *chunk, factor)
+                    losses += [] if again else [loss] * chunk[0].size(1)
         return torch.stack(losses, 1), phi
 
     def loss(self, phi: Tensors, x, y) -> torch.Tensor:
@@ -231,8 +233,9 @@ class MAML(nn.Module):
         return grad_and_value(self.loss)(phi, x, y)
 
     # ----------------------------------------------------------------------------------------------
-    # First order. With every g_j a constant, d phi_j / d theta = 1. Each update is proportional to
-    # alpha, so d phi_j / d log alpha = phi_j - theta. Hence, exactly and for every update,
+    # First order. With every g_j a constant, d phi_j / d theta = 1. Each update is phi less alpha
+    # times something that depends on gradients alone, so d phi_j / d log alpha = phi_j - theta.
+    # Hence, whatever the optimizer, the schedule and the clipping:
     #
     #     d outer / d theta     = sum_j w_j g_j
     #     d outer / d log alpha = sum_j w_j g_j * (phi_j - theta)
@@ -241,7 +244,10 @@ class MAML(nn.Module):
     # the ones before it, and shrinks where they contradict each other.
 
     def summed_step(self, sums, theta, phi, log_lr, state, x, y, weight, factor):
-        """One inner step, and what it adds to the outer loss and to its two gradients."""
+        """One inner step, and what it adds to the outer loss and to its two gradients.
+
+        The last chunk is learned in vain, so that all chunks are one graph to compile.
+        """
         total, d_theta, d_log_lr = sums
         g, loss = self.gradient(phi, x, y)
         d_theta = {n: d + weight * g[n] for n, d in d_theta.items()}
@@ -287,7 +293,7 @@ class FirstOrder(torch.autograd.Function):
             sums, phi, state = learner.compiled_step(sums, theta, phi, log_lr, state, *chunk)
         total, d_theta, d_log_lr = sums
         ctx.weight = learner.total_weight
-        ctx.save_for_backward(*d_theta.values(), *d_log_lr.values())
+        ctx.save_for_backward(*d_theta.values(), *d_log_lr.values())  # in the order of parameters
         return total / ctx.weight
 
     @staticmethod
@@ -316,10 +322,9 @@ class SecondOrder(torch.autograd.Function):
     def backward(ctx, *d_outputs):
         *d_g, d_loss = d_outputs
         phi = dict(zip(ctx.learner.names, ctx.saved_tensors, strict=True))
-        v = {n: t.clone() for n, t in zip(phi, d_g, strict=True)}  # a v that shares memory with phi
-        g, hv = ctx.learner.compiled_product(
-            phi, v, *ctx.batch
-        )  # would be traced wrongly, silently
+        # a vector that shared memory with phi would be traced wrongly, without a word
+        v = {n: t.clone() for n, t in zip(phi, d_g, strict=True)}
+        g, hv = ctx.learner.compiled_product(phi, v, *ctx.batch)
         return None, None, None, *(d_loss * g[n] + hv[n] for n in phi)
 
 

@@ -51,7 +51,8 @@ def read_methods(paths: list[Path]) -> dict[str, list[list[dict]]]:
         config = {k: v for k, v in rows[0]["config"].items() if not re.fullmatch(APART, k)}
         config["tokens before"] = rows[0]["before"]["tokens"]  # a checkpoint's, that it began from
         key = json.dumps(config, sort_keys=True)
-        label = labels.setdefault(key, re.sub(r"[_-]s(eed)?[_-]?\d+$", "", name))
+        short = re.sub(r"[_-]s(eed)?[_-]?\d+$", "", name)
+        label = labels.setdefault(key, name if short in labels.values() else short)
         methods.setdefault(label, []).append(rows)
     units = {rows[0]["dataset"]["tokenizer"] for runs in methods.values() for rows in runs}
     if len(units) > 1:
@@ -69,7 +70,8 @@ def training_curve(rows: list[dict], table: str) -> np.ndarray:
         losses = row.get(table) if row["kind"] == "val" else None
         if losses:
             heldout = [loss for d, loss in losses.items() if roles[d] == "heldout"]
-            points[row["step"]] = (row["tokens"], np.mean(heldout))
+            if heldout:
+                points[row["step"]] = (row["tokens"], np.mean(heldout))
     return np.array([points[step] for step in sorted(points)]).reshape(-1, 2)
 
 
@@ -158,14 +160,14 @@ def draw(methods: dict, lines: list, output: Path):
                 y = np.array([curve[:n, 1] for curve in curves])
                 words = "no learning" if table == "loss" else "learning as it reads"
                 draw_line(right, curves[0][:n, 0], y, f"{label}, {words}", COLORS[i + 1], style)
-    ends = [line.get_ydata()[-1] for line in right.lines]
-    right.set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press the rest flat
+    if ends := [line.get_ydata()[-1] for line in right.lines]:
+        right.set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press it flat
     right.set(title="Pretraining: loss on domains held out", xlabel="training tokens")
     right.set(ylabel="nats per token")
     for axes in (left, right):
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(0, 1.45 * max(line.get_xdata()[-1] for line in axes.lines))
+        axes.set_xlim(0, 1.45 * max((line.get_xdata()[-1] for line in axes.lines), default=1))
         space_labels(axes)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)

@@ -41,7 +41,7 @@ def open_shard(path) -> np.ndarray:
     return np.memmap(path, np.uint16, "r", 4 * HEADER_INTS)
 
 
-shard = lru_cache(512)(open_shard)  # each holds a file handle: thousands must not exhaust them
+shard = lru_cache(512)(open_shard)  # a bound, since each holds a file handle
 
 
 def read_meta(path: Path) -> dict:
@@ -100,7 +100,7 @@ class Dataset:
         """x, y (B, T) of one training task; which rows it has is decided by `tasks`:
 
         'mixed': from anywhere; 'domain': from random places of one domain; 'passage': consecutive
-        windows of one domain, a text as it is read. A step covers the domains evenly.
+        windows of one domain, a text as it is read. Steps draw domains as evenly as they can.
         """
         B, draw = self.batch_size, rng(self.seed, "train", step, task)
         if self.tasks == "mixed":
@@ -148,6 +148,11 @@ class Dataset:
         return batch(
             np.stack([[self.ids(domain, "val", s) for s in passage] for passage in starts])
         )
+
+    def unseen(self, trained) -> list[str]:
+        """The domains whose text is not among `trained`, hashes of train shards."""
+        shards = {d: entry["shards"]["train"] for d, entry in self.meta["domains"].items()}
+        return [d for d in shards if not set(trained) & set(shards[d].values())]
 
     def length(self, domain: str, split: str) -> int:
         return int(self.ends[domain, split][-1]) if len(self.ends[domain, split]) else 0

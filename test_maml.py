@@ -295,6 +295,8 @@ def test_rates_follow_the_schedule_and_clipping_bounds_the_gradient():
     assert learner.factors(5).tolist() == pytest.approx([0.5, 1, 0.853553, 0.5, 0.146447], 1e-5)
     clipped, (x, y) = MAML(tiny_gpt(), 1, 1.0, inner_clip=1e-3), task(rows=1)
     _, phi = clipped.read(x[None], y[None])
+    short, free = (MAML(tiny_gpt(), 1, 1.0, inner_clip=c).read(x[None], y[None]) for c in (1e3, 0))
+    assert distance(short[1], free[1]) < 1e-14  # a gradient that is short enough stays as it is
     moved = sum((phi[n][0] - p).square().sum() for n, p in clipped.theta().items())
     assert moved.sqrt().item() == pytest.approx(1e-3)
 
@@ -604,6 +606,9 @@ def test_passages_side_by_side_are_read_as_one_at_a_time(optimizer):
     ).double()
     x, y = passages()
     together, phi = learner.read(x, y, repeat=2)
+    once, _ = learner.read(x, y)  # a row's loss is that before any step on it
+    assert together.shape == once.shape and torch.equal(together[:, 0], once[:, 0])
+    assert (together[:, 1:] != once[:, 1:]).all()
     for i in range(3):
         alone, own = learner.read(x[i : i + 1], y[i : i + 1], repeat=2)
         torch.testing.assert_close(together[i], alone[0], rtol=1e-12, atol=0)
@@ -622,12 +627,15 @@ def test_own_rates_fixed_to_one_number_are_sgd(learned):
     torch.testing.assert_close(own.read(x, y)[0], expected, rtol=1e-12, atol=0)
 
 
-def test_the_online_loss_of_a_task_is_what_training_lowers(pretrain):
-    """learner(x, y) for 'every' is the mean of the losses of reading x, y, row by row."""
-    learner, (x, y) = MAML(tiny_gpt(), 11, 0.05, inner_clip=1.0, first_order=True), task()
-    losses, _ = learner.read(x[None], y[None])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_the_online_loss_of_a_task_is_what_training_lowers(rows):
+    """learner(x, y) for 'every' is the mean of the losses of reading x, y in the same chunks."""
+    options = dict(inner_clip=1.0, first_order=True, inner_schedule="cosine")
+    learner, (x, y) = MAML(tiny_gpt(), 12 // rows - 1, 0.05, **options), task()
+    losses, _ = learner.read(x[None], y[None], rows)
     assert learner(x, y).item() == pytest.approx(losses.mean().item(), rel=1e-12)
-    assert losses[0, 0].item() == pytest.approx(learner.loss(learner.theta(), x[:1], y[:1]).item())
+    x, y = x[:rows], y[:rows]
+    assert losses[0, 0].item() == pytest.approx(learner.loss(learner.theta(), x, y).item())
 
 
 @pytest.fixture(scope="session")
@@ -743,6 +751,19 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     none = re.compile(r"^none +(\S+)", re.M)
     again = float(none.search(capsys.readouterr().out)[1])
     assert again < float(none.search(first)[1]) - 0.5
+    rows = len((trained / "maml/log.jsonl").read_text().splitlines())
+    shutil.copy(saved, trained / "maml/learned.pt")
+    read = ["--passages", "2", "--tokens", "64", "--rules", "none"]
+    adapt.main([str(trained / "maml/learned.pt"), *read])  # it is not the run's result
+    assert len((trained / "maml/log.jsonl").read_text().splitlines()) == rows
+    for options, remedy in (
+        (["--rules", "own"], "no inner loop of its own"),
+        (["--save", "x"], "--text"),
+    ):
+        with refused(match=remedy):
+            adapt.main([str(trained / "plain"), *options])
+    with refused(match="use --tokens"):
+        adapt.main([str(trained / "plain"), "--tokens", "1000000"])
     small = checkpoint_of(trained / "plain")
     small["model_args"]["vocab_size"] = 64
     small["model"]["transformer.wte.weight"] = torch.zeros(64, 16)
@@ -777,11 +798,14 @@ RUNS = [PLAIN, dict(), dict(first_order=False, learn_inner_lr="tensor"), dict(le
 
 
 @pytest.mark.parametrize("method", RUNS, ids=["plain", "first", "second", "rates"])
-def test_a_run_stopped_and_resumed_is_bitwise_the_uninterrupted_one(pretrain, monkeypatch, method):
-    whole = pretrain("whole", **method)
+def test_a_run_stopped_and_resumed_is_bitwise_the_uninterrupted_one(
+    pretrain, tmp_path, monkeypatch, method
+):
+    whole, cut = pretrain("whole", **method), tmp_path / "cut"
     for step in (1, 3):  # it ends at step 2, where no evaluation is due, and at 4
         at_step(step, partial(signal.raise_signal, signal.SIGTERM), monkeypatch)
-        cut = pretrain("cut", init_from="resume", **method)
+        with refused(match="stopped at step .*--init_from=resume goes on"):
+            pretrain("cut", init_from="resume", **method)
         assert 0 < checkpoint_of(cut)["step"] < 6
     pretrain("cut", init_from="resume", **method)
     assert same(weights_of(whole), weights_of(cut)) and not list(cut.glob("*.tmp"))
@@ -1028,6 +1052,19 @@ def test_an_earlier_run_is_not_overwritten(pretrain):
         pretrain(max_steps=2)
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again_when_resumed(pretrain):
+    out = pretrain(max_steps=1)
+    log = log_of(out)
+    (out / "ckpt.pt").unlink()
+    assert log_of(pretrain(max_steps=1, init_from="resume")) == log
+
+
+def test_theta_cannot_be_thawed_or_frozen_in_a_run_that_has_begun(pretrain):
+    pretrain("rates", learning_rate=0)
+    with refused(match=r"learning_rate=0=True \(now False\): .* give its ckpt.pt as --init_from"):
+        pretrain("rates", init_from="resume")
+
+
 def test_a_finished_run_that_is_resumed_is_done(pretrain):
     out = pretrain()
     before, log = weights_of(out), log_of(out)
@@ -1046,14 +1083,15 @@ def test_a_run_goes_on_at_the_rates_that_are_asked_for_and_its_log_says_so(pretr
 
 
 def test_what_is_not_finite_stops_the_run_and_leaves_the_checkpoint_whole(pretrain, tmp_path):
-    for step, changes in {
-        0: dict(inner_lr=1e25, learn_inner_lr="no", inner_steps=3),
-        1: dict(learning_rate=1e25, warmup_steps=0, eval_interval=1, **PLAIN),
-    }.items():
-        with refused(match=f"step {step}: .* not finite"):
-            pretrain(f"at {step}", **changes)
-        ckpt = checkpoint_of(tmp_path / f"at {step}")
+    wild = dict(learning_rate=1e25, warmup_steps=0, **PLAIN)
+    for interval, at in ((6, "in training"), (1, "in an evaluation")):
+        with refused(match="step 1: a loss or gradient is not finite"):
+            pretrain(at, eval_interval=interval, **wild)
+        ckpt = checkpoint_of(tmp_path / at)
         assert ckpt["step"] == 0 and all(torch.isfinite(w).all() for w in ckpt["model"].values())
+    with refused(match="step 0: .* is not finite"):  # the learner's own loss, before any step
+        pretrain("own", inner_lr=1e25, learn_inner_lr="no")
+    assert not (tmp_path / "own/ckpt.pt").exists()
 
 
 def test_a_log_cut_in_the_middle_of_a_row_does_not_stop_a_resume(pretrain):
@@ -1377,10 +1415,12 @@ def test_runs_that_differ_only_in_seed_or_place_are_one_method(tmp_path):
         "base_s2": dict(seed=2, device="cuda", init_from="scratch", resume=True, data_dir="x"),
         "maml_s1": dict(seed=1, inner_steps=1),
         "more_s1": dict(seed=1, inner_steps=1, tokens_before=9),  # begun from a checkpoint
+        "maml_s2": dict(seed=2, inner_steps=1, learning_rate=9),  # another method of the same name
     }.items():
         runs.append(write_log(tmp_path / name, val, {"none": [1.0]}, **config, out_dir=name))
     methods = plot.read_methods(runs)
     assert {label: len(logs) for label, logs in methods.items()} == {
+        "maml_s2": 1,
         "base": 2,
         "maml": 1,
         "more": 1,
@@ -1396,6 +1436,8 @@ def test_newer_rows_replace_older_ones_and_a_level_that_is_never_reached_is_none
     assert T == 16 and curve.tolist() == [2.0, 1.0]
     assert plot.tokens_needed(curve, 1.5, 16) == 32 and plot.tokens_needed(curve, 0.5, 16) is None
     assert plot.tokens_needed(curve, 2.5, 16) == 16
+    bounced = np.array([3.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0])  # at 1.0 early, and not for good
+    assert plot.tokens_needed(bounced, 1.5, 16) == 8 * 16
     assert plot.reading_curve(plot.read_log(log), "adamw") is None
 
 

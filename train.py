@@ -62,13 +62,11 @@ class Config:
     tasks_per_step: int = 8  # the meta-batch; the processes share it out
     max_steps: int = 1000
     # the outer optimizer, AdamW
-    learning_rate: float = (
-        1e-3  # at its peak; a cosine takes it to a tenth. 0 leaves theta as it is
-    )
+    learning_rate: float = 1e-3  # its peak; a cosine ends at a tenth. 0 leaves theta as it is
     warmup_steps: int = 50
     weight_decay: float = 0.1
     beta2: float = 0.95
-    grad_clip: float = 1.0  # of the outer gradient's norm; 0 for none
+    grad_clip: float = 1.0  # of the norm of the outer gradient to theta; 0 for none
     nesterov: bool = False  # NAdam: a look-ahead that costs nothing, the control to beat
     # the inner loop; inner_steps=0 is plain training
     inner_steps: int = 0  # K
@@ -107,6 +105,7 @@ class Config:
             )
 
 
+CPU = torch.device("cpu")
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 # what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
 KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
@@ -160,20 +159,7 @@ def train(given: dict):
         raise ValueError(f"{few}: use one with the tokenizer of the other")
 
     # learner and optimizer
-    learner = MAML(
-        model,
-        inner_steps=cfg.inner_steps,
-        inner_lr=cfg.inner_lr,
-        inner_optimizer=cfg.inner_optimizer,
-        first_order=cfg.first_order,
-        objective=cfg.objective,
-        learn_inner_lr=cfg.learn_inner_lr,
-        inner_clip=cfg.inner_clip,
-        compile=cfg.compile,
-        autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
-        inner_schedule=cfg.inner_schedule,
-        inner_warmup=cfg.inner_warmup,
-    ).to(device)
+    learner = make_learner(cfg, model).to(device)
     ddp = learner
     if world_size > 1:
         ddp = DDP(learner, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -188,8 +174,8 @@ def train(given: dict):
         first_step, seconds, before = ckpt["step"], ckpt["seconds"], ckpt["before"]
     elif ckpt:
         before = ckpt.get("spent", before)  # what the checkpoint cost is part of this run's cost
-    if ckpt:
-        load_rates(learner, ckpt.get("learner", {}))
+    if ckpt and ckpt.get("config", {}).get("inner_optimizer") == cfg.inner_optimizer:
+        load_rates(learner, ckpt["learner"])  # another optimizer's rates mean something else
     if world_size > 1:  # file systems that lag may show the ranks different checkpoints
         seen = [None] * world_size
         dist.all_gather_object(seen, (first_step, data.sha256))
@@ -199,8 +185,10 @@ def train(given: dict):
     if ckpt:  # no text that the checkpoint was trained on may count as unseen
         earlier = ckpt.get("dataset", {}).get("trained", [])
         header["dataset"]["trained"] = sorted({*header["dataset"]["trained"], *earlier})
+    unseen = data.unseen(header["dataset"]["trained"]) if cfg.inner_steps else []
+    chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
     if rank == 0:
-        open_log(out, header, first_step, resumed)
+        open_log(out, header, first_step, cfg.resume)
         print(summary(cfg, header), flush=True)
 
     # the loop
@@ -213,15 +201,14 @@ def train(given: dict):
     for step in range(first_step, cfg.max_steps + 1):
         at, last = count(header, step, seconds), step == cfg.max_steps
         if (step % cfg.eval_interval == 0 or last) and not stop:
-            losses = evaluate(learner, val, data.roles, rank, world_size, device)
-            check_finite(step, sum(losses["loss"].values()))
+            losses = evaluate(learner, val, unseen, chunk, rank, world_size, device)
+            check_finite(step, sum(sum(table.values()) for table in losses.values()))
             if rank == 0:
                 save(out, at, learner, optimizer, header, seconds)
                 append_row(out, {"kind": "val", **at, **losses})
                 bar.write(one_line(step, losses, data.roles))
         elif stop and rank == 0:
             save(out, at, learner, optimizer, header, seconds)
-            bar.write(f"stopped at step {step}: the same command with --init_from=resume goes on")
         if last or stop:
             break
 
@@ -230,7 +217,8 @@ def train(given: dict):
             group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
         total = torch.zeros(2, device=device)  # of the losses, and of the wishes to stop
         for task in mine:
-            # DDP averages over the ranks; only the last task's backward need talk to them
+            # DDP averages over the ranks, each of which has as many tasks: the mean over all tasks.
+            # Only the last task's backward need talk to the other ranks.
             waits = world_size > 1 and task != mine[-1]
             with ddp.no_sync() if waits else nullcontext():
                 loss = ddp(*next(tasks)) / len(mine)
@@ -240,7 +228,8 @@ def train(given: dict):
         if world_size > 1:
             dist.all_reduce(total)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        loss, stop, grad_norm = torch.stack([*total / world_size, grad_norm]).tolist()
+        total_loss, stop, grad_norm = torch.stack([*total, grad_norm]).tolist()  # the one wait
+        loss = total_loss / world_size
         check_finite(step, loss + grad_norm)
         optimizer.step()
         learner.zero_grad()
@@ -255,6 +244,27 @@ def train(given: dict):
     bar.close()
     if world_size > 1:
         dist.destroy_process_group()
+    if stop:  # an exit status that says so to make and to scripts
+        raise SystemExit(
+            f"stopped at step {step}: the same command with --init_from=resume goes on"
+        )
+
+
+def make_learner(cfg: Config, model: GPT) -> MAML:
+    return MAML(
+        model,
+        inner_steps=cfg.inner_steps,
+        inner_lr=cfg.inner_lr,
+        inner_optimizer=cfg.inner_optimizer,
+        first_order=cfg.first_order,
+        objective=cfg.objective,
+        learn_inner_lr=cfg.learn_inner_lr,
+        inner_clip=cfg.inner_clip,
+        compile=cfg.compile,
+        autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
+        inner_schedule=cfg.inner_schedule,
+        inner_warmup=cfg.inner_warmup,
+    )
 
 
 def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
@@ -281,20 +291,23 @@ def lr_factor(cfg: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(learner: MAML, val: dict, roles: dict, rank=0, world_size=1, device="cpu") -> dict:
+def evaluate(
+    learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1, device=CPU
+) -> dict:
     """Nats per token on passages of val, by domain; the ranks share the domains out.
 
-    'loss' is theta's. 'online' is, on the same rows of domains that are not trained on, the loss of
-    a learner that learns each row as soon as it is predicted.
+    'loss' is theta's. 'online' is, on the same rows of `unseen` domains, the loss of a learner that
+    learns each chunk of so many rows as soon as it is predicted. Nothing here is compiled, since
+    domains may have val splits of many shapes.
     """
-    unseen = [d for d in val if learner.inner_steps and roles[d] != "train"]
     table = torch.zeros(len(val), 2, device=device)
     for i, domain in list(enumerate(val))[rank::world_size]:
         x, y = to_device(val[domain], device)  # (P, R, T)
-        losses = [learner.compiled_loss(learner.theta(), *rows) for rows in zip(x, y, strict=True)]
-        table[i, 0] = torch.stack(losses).mean()
+        parts = zip(x.flatten(0, 1).split(chunk), y.flatten(0, 1).split(chunk), strict=True)
+        losses = [len(a) * learner.loss(learner.theta(), a, b) for a, b in parts]
+        table[i, 0] = sum(losses) / (x.size(0) * x.size(1))
         if domain in unseen:
-            table[i, 1] = learner.read(x, y)[0].mean()
+            table[i, 1] = learner.read(x, y, chunk)[0].mean()
     if world_size > 1:
         dist.all_reduce(table)
     loss, online = (dict(zip(val, column, strict=True)) for column in table.T.tolist())
@@ -322,7 +335,7 @@ def load_checkpoint(path: Path) -> tuple[dict, GPT]:
 
 @torch.no_grad()
 def load_rates(learner: MAML, saved: dict):
-    """Learned rates of a checkpoint. A tensor's begins those of its elements, or their mean its."""
+    """Learned rates of a checkpoint. A tensor's fills its elements; theirs are averaged."""
     for i, rate in enumerate(learner.log_inner_lr):
         if (old := saved.get(f"log_inner_lr.{i}")) is not None:
             rate.copy_(old if rate.dim() else old.mean())
@@ -337,8 +350,11 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
     old = {k: ckpt["config"].get(k) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
     new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
+    old["learning_rate=0"] = ckpt["config"]["learning_rate"] == 0  # theta is not in the optimizer
+    new["learning_rate=0"] = cfg.learning_rate == 0
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
-        raise ValueError(f"{cfg.out_dir} was trained with {changed}: resume alike")
+        remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
+        raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
 
 
 def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: float):
@@ -370,17 +386,17 @@ def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: f
         ) from None
 
 
-def open_log(out: Path, header: dict, first_step: int, resumed: bool):
+def open_log(out: Path, header: dict, first_step: int, resume: bool):
     """Begins log.jsonl with the run's header, or cuts it back to the checkpoint's step."""
     path, temporary, rows = out / "log.jsonl", out / "log.jsonl.tmp", [header]
-    if path.exists() and not resumed:
+    if path.exists() and not resume:
         raise ValueError(
             f"{out} holds a run: --init_from=resume goes on, or choose another out_dir"
         )
     if path.exists():
         lines = path.read_text().split("\n")[:-1]  # a line cut short has no end
         rows = [json.loads(line) for line in lines] or rows
-        if rows[0]["config"] != header["config"]:
+        if rows[0]["config"] | {"resume": True} != header["config"]:
             rows[0] = header | {"earlier": rows[0]}  # it goes on with other settings
         kept = [r for r in rows[1:] if r.get("step", -1) < first_step or r["kind"] == "adapt"]
         rows = [rows[0], *kept]
@@ -484,8 +500,9 @@ def catch_signals() -> list:
 
 def check_finite(step: int, value: float):
     if not math.isfinite(value):
-        remedy = "--init_from=resume with a lower learning_rate or inner_lr, or with inner_clip=1"
-        raise SystemExit(f"step {step}: loss or gradient not finite. Go on from ckpt.pt: {remedy}")
+        remedy = "lower learning_rate or inner_lr, or set inner_clip=1"
+        what = f"step {step}: a loss or gradient is not finite: {remedy}"
+        raise SystemExit(f"{what}; --init_from=resume goes on from the last checkpoint")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -533,7 +550,9 @@ def read_arguments(argv: list[str]) -> dict:
     files, assigned = [a for a in argv if not a.startswith("-")], []
     for path in files:
         if not Path(path).is_file():
-            raise ValueError(f"no config file {path}: give a path such as config/maml_demo.py")
+            raise ValueError(
+                f"no config file {path}: give config/maml_demo.py, say, and --key=value"
+            )
         try:
             values = runpy.run_path(path)  # in a namespace of its own
         except Exception as error:
