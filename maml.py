@@ -87,8 +87,8 @@ def adamw(phi: Tensors, g: Tensors, rates: Tensors, state, beta1=0.9, beta2=0.95
 
 
 def adamw_start(phi: Tensors):
-    zeros, zero = {n: torch.zeros_like(p) for n, p in phi.items()}, new_tensor(phi, 0.0)
-    return zeros, zeros, zero, zero
+    m, v = ({n: torch.zeros_like(p) for n, p in phi.items()} for _ in range(2))
+    return m, v, new_tensor(phi, 0.0), new_tensor(phi, 0.0)
 
 
 def clip(g: Tensors, largest: float) -> Tensors:
@@ -250,9 +250,12 @@ class MAML(nn.Module):
         """
         total, d_theta, d_log_lr = sums
         g, loss = self.gradient(phi, x, y)
-        d_theta = {n: d + weight * g[n] for n, d in d_theta.items()}
-        moved = {n: weight * g[n] * (phi[n] - theta[n]) for n in d_log_lr}
-        d_log_lr = {n: d + moved[n].sum_to_size(d.shape) for n, d in d_log_lr.items()}
+        for n, d in d_theta.items():
+            d += weight * g[n]  # d_log_lr not so: compiled, scalars stayed zero (torch 2.13)
+        d_log_lr = {
+            n: d + (weight * g[n] * (phi[n] - theta[n])).sum_to_size(d.shape)
+            for n, d in d_log_lr.items()
+        }
         phi, state = self.learn(phi, g, log_lr, state, factor)
         return (total + weight * loss, d_theta, d_log_lr), phi, state
 
@@ -286,7 +289,8 @@ class FirstOrder(torch.autograd.Function):
         theta, log_lr = (
             {n: p.detach() for n, p in tree.items()} for tree in (learner.theta(), learner.log_lr())
         )
-        phi, state = theta, learner.start(theta)
+        phi = {n: p.clone() for n, p in theta.items()}  # or the first step were a graph of its own
+        state = learner.start(theta)
         zeros = [{n: torch.zeros_like(p) for n, p in tree.items()} for tree in (theta, log_lr)]
         sums = (new_tensor(theta, 0.0), *zeros)
         for chunk in learner.plan(x, y):

@@ -243,6 +243,7 @@ def train(given: dict):
         bar.update()
     bar.close()
     if world_size > 1:
+        del ddp  # one that outlives its process group may wait for ever when it is freed
         dist.destroy_process_group()
     if stop:  # an exit status that says so to make and to scripts
         raise SystemExit(
