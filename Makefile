@@ -18,6 +18,8 @@ RULES = none own
 data/local/meta.json: | .venv/installed
 	$(BIN)/python prepare_data.py local
 
+out/%: export OMP_NUM_THREADS = 1
+
 out/%/trained: | data/local/meta.json
 	$(BIN)/python train.py config/$*.py --init_from=resume
 	touch $@
@@ -30,7 +32,8 @@ out/%/read: out/%/trained
 	$(BIN)/python adapt.py out/$* --passages 8 --rules $(RULES)
 	touch $@
 
-demo: $(RUNS:%=out/%/read)
+demo: .venv/installed data/local/meta.json
+	@$(MAKE) --no-print-directory --jobs=2 $(RUNS:%=out/%/read)  # a core each: rows are small
 	$(BIN)/python plot.py $(RUNS:%=out/%) -o out/curves.png
 
 test: .venv/installed

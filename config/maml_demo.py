@@ -19,4 +19,4 @@ inner_lr = 0.05
 inner_lr_lr = 0.1
 learning_rate = 4e-3
 warmup_steps = 10
-eval_interval = 64
+eval_interval = 128
