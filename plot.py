@@ -155,7 +155,7 @@ def draw(methods: dict, lines: list, output: Path):
     for i, (label, runs) in enumerate(methods.items()):
         for table, style in (("loss", "-"), ("online", "--")):
             curves = [c for c in (training_curve(rows, table) for rows in runs) if len(c) > 1]
-            if curves:
+            if curves and np.ptp(curves[0][:, 1]):  # theta that stays as it is has no curve
                 n = min(map(len, curves))  # a seed may not have come as far
                 y = np.array([curve[:n, 1] for curve in curves])
                 words = "no learning" if table == "loss" else "learning as it reads"
@@ -182,13 +182,13 @@ def draw_line(axes, x, y, label: str, color: str, style="-"):
 
 
 def space_labels(axes):
-    """Moves labels that would overlap apart, upwards from the lowest."""
+    """Puts the labels right of all lines, those that would overlap apart, from the lowest up."""
     low, high = axes.get_ylim()
     gap, below = 0.045 * (high - low), -np.inf
+    end = max((text.xy[0] for text in axes.texts), default=0)
     for text in sorted(axes.texts, key=lambda text: text.xy[1]):
-        x, y = text.xy
-        below = max(y, below + gap)
-        text.set_position((1.01 * x, below))
+        below = max(text.xy[1], below + gap)
+        text.set_position((1.01 * end, below))
 
 
 def main(argv=None):

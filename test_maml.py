@@ -485,9 +485,7 @@ def test_the_inner_optimizer_of_the_readme_is_exact(monkeypatch):
     recipe = (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0]
     added = [line[1:] for line in recipe.splitlines() if line.startswith("+")]
     monkeypatch.setattr(maml, "UPDATES", dict(maml.UPDATES))
-    names = {"torch": torch, "sgd": maml.sgd, "adamw": maml.adamw, "adamw_start": maml.adamw_start}
-    exec("\n".join(added), names)
-    maml.UPDATES.update(names["UPDATES"])
+    exec("\n".join(added), {"torch": torch, "UPDATES": maml.UPDATES})
     learner, (x, y) = (
         MAML(tiny_gpt(), 3, 0.05, "momentum", learn_inner_lr="element").double(),
         task(),
