@@ -18,8 +18,6 @@ RULES = none own
 data/local/meta.json: | .venv/installed
 	$(BIN)/python prepare_data.py local
 
-out/%: export OMP_NUM_THREADS = 1
-
 out/%/trained: | data/local/meta.json
 	$(BIN)/python train.py config/$*.py --init_from=resume
 	touch $@
@@ -33,7 +31,8 @@ out/%/read: out/%/trained
 	touch $@
 
 demo: .venv/installed data/local/meta.json
-	@$(MAKE) --no-print-directory --jobs=2 $(RUNS:%=out/%/read)  # a core each: rows are small
+	@$(MAKE) --no-print-directory out/baseline_demo/trained
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(RUNS:%=out/%/read)  # a core each
 	$(BIN)/python plot.py $(RUNS:%=out/%) -o out/curves.png
 
 test: .venv/installed
