@@ -282,7 +282,10 @@ class MAML(nn.Module):
 
 
 class FirstOrder(torch.autograd.Function):
-    """(learner, x, y, *theta, *log_lr) -> outer loss, whose gradients are known when it is."""
+    """(learner, x, y, *theta, *log_lr) -> outer loss, whose gradients are known when it is.
+
+    The parameters are arguments only so that autograd hands their gradients to them.
+    """
 
     @staticmethod
     def forward(ctx, learner, x, y, *parameters):
