@@ -554,8 +554,9 @@ def shard_of(ids) -> bytes:
 
 @pytest.mark.parametrize("kind", tasks.TASKS)
 def test_rows_are_whole_never_overlap_and_a_passage_is_consecutive_across_shards(tmp_path, kind):
-    data = tasks.Dataset(counting(tmp_path), 16, batch_size=6, tasks=kind)
+    data = tasks.Dataset(counting(tmp_path), 16, batch_size=6, tasks=kind, tasks_per_step=2)
     firsts = set()
+    assert not all(torch.equal(data.task(i, 0)[0], data.task(i, 1)[0]) for i in range(9))
     for step in range(200):
         x, y = data.task(step, 0)
         assert len(x.unique()) == x.numel() and torch.equal(y, x + 1)
