@@ -123,13 +123,14 @@ def reading_lines(methods: dict, dataset=None) -> list[tuple[str, int, np.ndarra
     return lines
 
 
-def print_table(lines):
+def print_table(lines: list, methods: dict):
     R, T = lines[0][2].shape[1], lines[0][1]
     print(f"unseen text, nats per token over the first {R * T:,}, each predicted, then learned:")
     for label, _, curves in lines:
-        means = curves.mean(1)
+        means, log = curves.mean(1), methods[label.split(",")[0]][0]
         spread = f" ± {means.std(ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""
-        print(f"  {label:36}{means.mean():.3f}{spread}")
+        tokens = max(row["tokens"] for row in log if row["kind"] == "val") / 1e6
+        print(f"  {label:36}{means.mean():.3f}{spread}  after {tokens:.1f}M training tokens")
     adamw = next((curves for label, _, curves in lines if label.endswith("AdamW")), None)
     if adamw is not None and len(lines) > 2:
         label, _, curves = lines[-1]
@@ -204,7 +205,7 @@ def main(argv=None):
     lines = reading_lines(methods, args.dataset)
     if not lines:
         raise SystemExit("no run was read yet: python adapt.py RUN writes what the picture shows")
-    print_table(lines)
+    print_table(lines, methods)
     draw(methods, lines, args.output)
     print(f"picture: {args.output}")
 

@@ -1671,7 +1671,7 @@ def test_the_table_says_what_the_heldout_rows_say_and_how_many_fewer_examples_ar
     base = write_log(tmp_path / "base", val, {"none": [4.0] * 8, "adamw": adamw})
     own = [3.0, 2.0, 1.0] + [1.0] * 5  # its later half is at 2.0 after two rows
     text = told(base, write_log(tmp_path / "maml", val, {"own": own}, inner_steps=1))
-    cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)$", text, re.M))
+    cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)  after 0.0M training tokens$", text, re.M))
     assert cells == {
         "base, no learning": "4.000",
         "base, tuned AdamW": "2.500",
