@@ -61,7 +61,7 @@ def outer_loss(learner, theta, log_lr, x, y, gradient_of, loss_of) -> torch.Tens
         total = total + weight * loss
         phi, state = learner.learn(phi, g, log_lr, state, factor)
     xj, yj, weight, _ = last
-    return (total + weight * loss_of(phi, xj, yj)) / learner.total_weight
+    return total + weight * loss_of(phi, xj, yj)
 
 
 # What is wrong with meta_grad is memory: it keeps the graph of the whole inner loop. The rest of
@@ -87,8 +87,7 @@ def adamw(phi: Tensors, g: Tensors, rates: Tensors, state, beta1=0.9, beta2=0.95
 
 
 def adamw_start(phi: Tensors):
-    m, v = ({n: torch.zeros_like(p) for n, p in phi.items()} for _ in range(2))
-    return m, v, new_tensor(phi, 0.0), new_tensor(phi, 0.0)
+    return zeros_like(phi), zeros_like(phi), new_tensor(phi, 0.0), new_tensor(phi, 0.0)
 
 
 def clip(g: Tensors, largest: float) -> Tensors:
@@ -100,13 +99,17 @@ def clip(g: Tensors, largest: float) -> Tensors:
     return {n: t * scale for n, t in g.items()}
 
 
-def new_tensor(like: Tensors, value):
+def zeros_like(tree: Tensors) -> Tensors:
+    return {n: torch.zeros_like(t) for n, t in tree.items()}
+
+
+def new_tensor(like: Tensors, value) -> torch.Tensor:
     return next(iter(like.values())).new_tensor(value)
 
 
 UPDATES = {"sgd": (sgd, lambda phi: ()), "adamw": (adamw, adamw_start)}
 SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
-OBJECTIVES = {"every": lambda n: [1.0] * n, "final": lambda n: [0.0] * (n - 1) + [1.0]}
+OBJECTIVES = {"every": lambda n: [1 / n] * n, "final": lambda n: [0.0] * (n - 1) + [1.0]}
 RATE_SHAPES = {"no": None, "tensor": lambda p: (), "element": lambda p: p.shape}
 
 # --------------------------------------------------------------------------------------------------
@@ -152,7 +155,6 @@ class MAML(nn.Module):
         self.schedule, self.inner_warmup = SCHEDULES[inner_schedule], inner_warmup
         self.first_order, self.inner_clip, self.autocast = first_order, inner_clip, autocast
         self.weights = OBJECTIVES[objective](inner_steps + 1)
-        self.total_weight = sum(self.weights)
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.log_inner_lr = nn.ParameterList()
         if inner_steps and learn_inner_lr != "no":
@@ -185,9 +187,7 @@ class MAML(nn.Module):
         """(x_j, y_j, weight in the outer loss, factor of the rates) for each chunk of a task."""
         n = self.inner_steps + 1
         if x.size(0) % n:
-            raise ValueError(
-                f"{x.size(0)} rows do not split into {n} chunks: use a multiple of {n}"
-            )
+            raise ValueError(f"{x.size(0)} rows are no {n} equal chunks: use a multiple of {n}")
         weights = new_tensor(self.theta(), self.weights)
         return list(zip(x.chunk(n), y.chunk(n), weights, self.factors(n), strict=True))
 
@@ -289,24 +289,21 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, learner, x, y, *parameters):
-        theta, log_lr = (
-            {n: p.detach() for n, p in tree.items()} for tree in (learner.theta(), learner.log_lr())
-        )
+        theta = {n: p.detach() for n, p in learner.theta().items()}
+        log_lr = {n: p.detach() for n, p in learner.log_lr().items()}
         phi = {n: p.clone() for n, p in theta.items()}  # or the first step were a graph of its own
+        sums = new_tensor(theta, 0.0), zeros_like(theta), zeros_like(log_lr)
         state = learner.start(theta)
-        zeros = [{n: torch.zeros_like(p) for n, p in tree.items()} for tree in (theta, log_lr)]
-        sums = (new_tensor(theta, 0.0), *zeros)
         for chunk in learner.plan(x, y):
             sums, phi, state = learner.compiled_step(sums, theta, phi, log_lr, state, *chunk)
         total, d_theta, d_log_lr = sums
-        ctx.weight = learner.total_weight
         ctx.save_for_backward(*d_theta.values(), *d_log_lr.values())  # in the order of parameters
-        return total / ctx.weight
+        return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_outer):
-        return None, None, None, *(d_outer / ctx.weight * t for t in ctx.saved_tensors)
+        return None, None, None, *(d_outer * t for t in ctx.saved_tensors)
 
 
 class SecondOrder(torch.autograd.Function):

@@ -10,7 +10,6 @@ evaluating cannot move training, and the number of processes does not change the
 import hashlib
 import json
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,7 +20,7 @@ import torch
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 TASKS = ("mixed", "domain", "passage")
-ROLES = ("train", "tune", "heldout")
+ROLES, SPLITS = ("train", "tune", "heldout"), ("train", "val")
 
 # --------------------------------------------------------------------------------------------------
 # the format, as prepare_data.py writes it
@@ -32,9 +31,7 @@ def open_shard(path) -> np.ndarray:
     path = Path(path)
     header = np.fromfile(path, np.int32, 3) if path.exists() else ()
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
-        raise ValueError(
-            f"{path} is not a version {VERSION} token shard: prepare it with --overwrite"
-        )
+        raise ValueError(f"{path} is no token shard of version {VERSION}: prepare it anew")
     tokens = int(header[2])
     if tokens < 1 or path.stat().st_size != 4 * HEADER_INTS + 2 * tokens:
         raise ValueError(f"{path} does not hold its {tokens} tokens: prepare it with --overwrite")
@@ -50,15 +47,12 @@ def read_meta(path: Path) -> dict:
         meta = json.loads(path.read_bytes())
         right = [type(meta["tokenizer"]) is str, meta["vocab_size"] in range(1, 2**16 + 1)]
         for entry in meta["domains"].values():
-            right.append(entry["role"] in ROLES)
-            right += [type(entry["shards"][split]) is dict for split in ("train", "val")]
-            right += [type(entry["tokens"][split]) is int for split in ("train", "val")]
+            right += [entry["role"] in ROLES, *(entry["shards"][split].items() for split in SPLITS)]
         if not all(right):
             raise TypeError("a value of the wrong type")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f"{type(error).__name__}: {error}"
-        remedy = "prepare it with --overwrite"
-        raise ValueError(f"{path} is not as prepare_data.py wrote it ({why}): {remedy}") from None
+        what = f"{path} is not as prepare_data.py wrote it ({type(error).__name__}: {error})"
+        raise ValueError(f"{what}: prepare it with --overwrite") from None
     return meta
 
 
@@ -87,7 +81,7 @@ class Dataset:
         self.roles = {d: entry["role"] for d, entry in self.meta["domains"].items()}
         self.paths, self.ends = {}, {}  # by (domain, split): the shards, and where each ends
         for d, entry in self.meta["domains"].items():
-            for split in ("train", "val"):
+            for split in SPLITS:
                 paths = [self.root / path for path in entry["shards"][split]]
                 lengths = np.array([len(shard(path)) for path in paths], np.int64)
                 self.paths[d, split], self.ends[d, split] = paths, lengths.cumsum()
@@ -145,9 +139,8 @@ class Dataset:
         n = min(n, blocks // rows)
         firsts = np.linspace(0, blocks - rows, n).astype(int)
         starts = (firsts[:, None] + np.arange(rows)) * self.T  # (n, rows)
-        return batch(
-            np.stack([[self.ids(domain, "val", s) for s in passage] for passage in starts])
-        )
+        found = [[self.ids(domain, "val", start) for start in passage] for passage in starts]
+        return batch(np.stack(found))
 
     def unseen(self, trained) -> list[str]:
         """The domains whose text is not among `trained`, hashes of train shards."""
@@ -182,10 +175,10 @@ def batch(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def ahead(draw, keys) -> Iterator:
     """draw(*key) for each key; a thread draws the next while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        pending = deque()
+        drawn = None
         for key in keys:
-            pending.append(pool.submit(draw, *key))
-            if len(pending) > 1:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            drawn, ready = pool.submit(draw, *key), drawn
+            if ready:
+                yield ready.result()
+        if drawn:
+            yield drawn.result()
