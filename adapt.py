@@ -28,11 +28,18 @@ from model import GPT
 from plot import running, tokens_needed
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
-from train import Config, append_row, load_checkpoint, load_rates, make_learner, pick_device
+from train import (
+    Config,
+    append_row,
+    load_checkpoint,
+    load_rates,
+    make_learner,
+    pick_device,
+    read_passages,
+)
 
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the search for AdamW's best
-SIDE_BY_SIDE = 50e6  # parameters that passages read at once may have together, to bound memory
 
 # --------------------------------------------------------------------------------------------------
 # reading: the learner's own inner loop, passages side by side
@@ -66,10 +73,8 @@ def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
         learner, chunk = own_learner(model, ckpt)
     else:
         learner, chunk = adamw_learner(model, **options), 1
-    n = max(1, int(SIDE_BY_SIDE / sum(p.numel() for p in model.parameters())))
-    parts = zip(x.split(n), y.split(n), strict=True)
-    results = [learner.to(x.device).read(*part, chunk, repeat=steps) for part in parts]
-    return torch.cat([losses for losses, _ in results]).cpu().numpy(), results[-1][1]
+    losses, phi = read_passages(learner.to(x.device), x, y, chunk, steps)
+    return losses.cpu().numpy(), phi
 
 
 def best_adamw(measure) -> dict:

@@ -885,7 +885,7 @@ def test_learning_the_rates_alone_leaves_theta_bitwise_as_it_was(pretrain, tmp_p
         assert same(checkpoint_of(out)["model"], checkpoint_of(base)["model"])
         rates = checkpoint_of(out)["learner"].values()
         assert all(not torch.isclose(rate, torch.tensor(math.log(0.02))).all() for rate in rates)
-    with refused(match="leaves nothing to learn"):
+    with refused(match="leaves only rates to learn"):
         pretrain("nothing", learning_rate=0, **PLAIN)
 
 
@@ -971,7 +971,7 @@ MISTAKES = [
     ("n_head", 3, "must be a multiple of n_head"),
     ("init_from", "elsewhere.pt", "no checkpoint at elsewhere.pt"),
     *((key, -1, f"{key}=-1") for key in ("inner_steps", "max_steps", "seed", "grad_clip")),
-    ("eval_rows", 0, "eval_rows=0 must be positive"),
+    ("eval_rows", 0, "eval_rows=0 must be finite and at least 1"),
     ("learning_rate", "inf", "learning_rate=inf must be"),
 ]
 

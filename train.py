@@ -87,26 +87,23 @@ class Config:
     def __post_init__(self):
         for name, known in {"dtype": ("float32", "bfloat16"), "tasks": TASKS}.items():
             if getattr(self, name) not in known:
-                what = f"{name}={getattr(self, name)!r} is unknown"
-                raise ValueError(f"{what}: choose {' or '.join(map(repr, known))}")
-        positive = "block_size n_layer n_head n_embd batch_size tasks_per_step inner_lr "
-        positive += "eval_interval eval_passages eval_rows"
+                choices = " or ".join(map(repr, known))
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}")
         for name, value in dataclasses.asdict(self).items():
-            if type(value) in (int, float) and not 0 <= value < 1e30:
-                raise ValueError(f"{name}={value} must be a finite number, not negative")
-            if value == 0 and name in positive.split():
-                raise ValueError(f"{name}={value} must be positive")
+            least = 1 if name in POSITIVE else 0
+            if type(value) in (int, float) and not least <= value < 1e30:
+                raise ValueError(f"{name}={value} must be finite and at least {least}")
         if self.batch_size % (n := self.inner_steps + 1):
             what = f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}"
             raise ValueError(f"{what}: change either")
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
-            raise ValueError(
-                "learning_rate=0 leaves nothing to learn: set learn_inner_lr='element'"
-            )
+            raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
 
 
-CPU = torch.device("cpu")
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
+POSITIVE = (*SHAPE[:-1], "batch_size", "tasks_per_step")
+POSITIVE += ("eval_interval", "eval_passages", "eval_rows")
 # what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
 KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
 
@@ -201,7 +198,7 @@ def train(given: dict):
     for step in range(first_step, cfg.max_steps + 1):
         at, last = count(header, step, seconds), step == cfg.max_steps
         if (step % cfg.eval_interval == 0 or last) and not stop:
-            losses = evaluate(learner, val, unseen, chunk, rank, world_size, device)
+            losses = evaluate(learner, val, unseen, chunk, rank, world_size)
             check_finite(step, sum(sum(table.values()) for table in losses.values()))
             if rank == 0:
                 save(out, at, learner, optimizer, header, seconds)
@@ -246,9 +243,7 @@ def train(given: dict):
         del ddp  # one that outlives its process group may wait for ever when it is freed
         dist.destroy_process_group()
     if stop:  # an exit status that says so to make and to scripts
-        raise SystemExit(
-            f"stopped at step {step}: the same command with --init_from=resume goes on"
-        )
+        raise SystemExit(f"stopped at step {step}: the same with --init_from=resume goes on")
 
 
 def make_learner(cfg: Config, model: GPT) -> MAML:
@@ -292,15 +287,14 @@ def lr_factor(cfg: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(
-    learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1, device=CPU
-) -> dict:
+def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1) -> dict:
     """Nats per token on passages of val, by domain; the ranks share the domains out.
 
     'loss' is theta's. 'online' is, on the same rows of `unseen` domains, the loss of a learner that
     learns each chunk of so many rows as soon as it is predicted. Nothing here is compiled, since
     domains may have val splits of many shapes.
     """
+    device = next(learner.parameters()).device
     table = torch.zeros(len(val), 2, device=device)
     for i, domain in list(enumerate(val))[rank::world_size]:
         x, y = to_device(val[domain], device)  # (P, R, T)
@@ -308,11 +302,18 @@ def evaluate(
         losses = [len(a) * learner.loss(learner.theta(), a, b) for a, b in parts]
         table[i, 0] = sum(losses) / (x.size(0) * x.size(1))
         if domain in unseen:
-            table[i, 1] = learner.read(x, y, chunk)[0].mean()
+            table[i, 1] = read_passages(learner, x, y, chunk)[0].mean()
     if world_size > 1:
         dist.all_reduce(table)
     loss, online = (dict(zip(val, column, strict=True)) for column in table.T.tolist())
     return {"loss": loss, "online": {d: online[d] for d in unseen}}
+
+
+def read_passages(learner: MAML, x, y, rows: int, repeat: int = 1):
+    """learner.read, as many passages side by side as copies of the parameters may be made."""
+    n = max(1, SIDE_BY_SIDE // sum(p.numel() for p in learner.model.parameters()))
+    parts = [learner.read(*part, rows, repeat) for part in zip(x.split(n), y.split(n), strict=True)]
+    return torch.cat([losses for losses, _ in parts]), parts[-1][1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,18 +383,14 @@ def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: f
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
         what = f"step {at['step']}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]})"
-        raise SystemExit(
-            f"{what}. The one before is whole: make room, --init_from=resume"
-        ) from None
+        raise SystemExit(f"{what}. The one before is whole: make room and resume") from None
 
 
 def open_log(out: Path, header: dict, first_step: int, resume: bool):
     """Begins log.jsonl with the run's header, or cuts it back to the checkpoint's step."""
     path, temporary, rows = out / "log.jsonl", out / "log.jsonl.tmp", [header]
     if path.exists() and not resume:
-        raise ValueError(
-            f"{out} holds a run: --init_from=resume goes on, or choose another out_dir"
-        )
+        raise ValueError(f"{out} holds a run: --init_from=resume goes on; or another out_dir")
     if path.exists():
         lines = path.read_text().split("\n")[:-1]  # a line cut short has no end
         rows = [json.loads(line) for line in lines] or rows
@@ -413,11 +410,8 @@ def append_row(out: Path, row: dict):
 
 def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, world_size) -> dict:
     """The log's first row: what is needed to make the run again and to read its log."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        git = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    except OSError:
-        git = ""
+    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*'"
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
     on_gpu = device.type == "cuda"
     kind = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {device.type}"
     K, tokens = cfg.inner_steps, cfg.tasks_per_step * cfg.batch_size * cfg.block_size
@@ -426,7 +420,7 @@ def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, wo
         "kind": "run",
         "command": " ".join(["python train.py", *sys.argv[1:]]),
         "config": dataclasses.asdict(cfg),
-        "commit": git.strip() or "unknown",
+        "commit": commit or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": f"{world_size} x {kind}",
         "params": sum(p.numel() for p in model.parameters()),
@@ -521,15 +515,10 @@ def one_line(step: int, losses: dict, roles: dict) -> str:
 
 def summary(cfg: Config, header: dict) -> str:
     """What is about to happen; the progress bar adds the time it will take."""
-    inner = f"{cfg.inner_steps} x {cfg.inner_optimizer} at {cfg.inner_lr:g}"
-    inner += (
-        f", rates learned: {cfg.learn_inner_lr}; {'first' if cfg.first_order else 'second'} order"
-    )
     total = count(header, cfg.max_steps, 0)
-    return f"""model    {header["params"]:,} parameters, {cfg.block_size} tokens of context
-learner  {inner if cfg.inner_steps else "plain training (inner_steps=0)"}
-step     {cfg.tasks_per_step} {cfg.tasks} x {cfg.batch_size} rows, on {header["device"]}
-total    {cfg.max_steps:,} steps, {total["tokens"]:,} tokens, {total["flops"]:.3g} FLOPs"""
+    return f"""{header["params"]:,} parameters on {header["device"]}
+{cfg.tasks_per_step} {cfg.tasks} x {cfg.batch_size} rows a step, {cfg.inner_steps} inner steps
+{cfg.max_steps:,} steps: {total["tokens"]:,} tokens and {total["flops"]:.3g} FLOPs in all"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -551,9 +540,7 @@ def read_arguments(argv: list[str]) -> dict:
     files, assigned = [a for a in argv if not a.startswith("-")], []
     for path in files:
         if not Path(path).is_file():
-            raise ValueError(
-                f"no config file {path}: give config/maml_demo.py, say, and --key=value"
-            )
+            raise ValueError(f"no config file {path}; flags are written --key=value")
         try:
             values = runpy.run_path(path)  # in a namespace of its own
         except Exception as error:
