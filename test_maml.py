@@ -485,7 +485,7 @@ def test_the_inner_optimizer_of_the_readme_is_exact(monkeypatch):
     recipe = (HERE / "README.md").read_text().split("```diff\n")[1].split("```")[0]
     added = [line[1:] for line in recipe.splitlines() if line.startswith("+")]
     monkeypatch.setattr(maml, "UPDATES", dict(maml.UPDATES))
-    exec("\n".join(added), {"torch": torch, "UPDATES": maml.UPDATES})
+    exec("\n".join(added), {"zeros_like": maml.zeros_like, "UPDATES": maml.UPDATES})
     learner, (x, y) = (
         MAML(tiny_gpt(), 3, 0.05, "momentum", learn_inner_lr="element").double(),
         task(),
