@@ -25,7 +25,7 @@ import torch
 
 from maml import MAML, adamw
 from model import GPT
-from plot import running, tokens_needed
+from plot import fewer_examples
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
 from train import (
@@ -92,15 +92,10 @@ def best_adamw(measure) -> dict:
         changes = [{"lr": lr / 2}, {"lr": 2 * lr}]
         if steps < 4:
             changes += [{"steps": 2 * steps, "lr": lr / 2}, {"steps": 2 * steps}]
-        changes += [
-            {"frozen": not best["frozen"]},
-            {"beta2": 0.99 if best["beta2"] < 0.99 else 0.95},
-        ]
-        moved = False
-        for change in changes:
-            if loss(best | change) < loss(best):
-                best, moved = best | change, True
-                break
+        beta2 = 0.99 if best["beta2"] == 0.95 else 0.95
+        changes += [{"frozen": not best["frozen"]}, {"beta2": beta2}]
+        better = next((best | c for c in changes if loss(best | c) < loss(best)), None)
+        best, moved = better or best, better is not None
     return best
 
 
@@ -198,9 +193,8 @@ def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):
 
 def rules_of(ckpt: dict) -> list[str]:
     """Those that a checkpoint can be read by; the last is the one that a text is learned by."""
-    return (
-        ["none", "adamw", "own"] if ckpt.get("config", {}).get("inner_steps") else ["none", "adamw"]
-    )
+    has_own = ckpt.get("config", {}).get("inner_steps")
+    return ["none", "adamw", "own"] if has_own else ["none", "adamw"]
 
 
 def chosen_adamw(log: Path) -> dict:
@@ -239,12 +233,7 @@ def table(title: str, curves: dict, T: int, passages: int):
 
 def print_fewer_examples(curves: dict, T: int):
     if "own" in curves and "adamw" in curves:
-        end = T * len(curves["adamw"])
-        n = tokens_needed(curves["own"], running(curves["adamw"])[-1], T)
-        if n:
-            print(f"own is after {n:,} tokens where adamw is after {end:,}: {end / n:.1f}x fewer")
-        else:
-            print(f"own does not come to where adamw is after {end:,} tokens")
+        print(fewer_examples("own", curves["own"], curves["adamw"], T))
 
 
 def main(argv: list[str] | None = None):
@@ -257,9 +246,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--passages", type=int, default=16, help="of each domain")
     parser.add_argument("--tokens", type=int, default=4096, help="of each passage")
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--text", help="a UTF-8 file to read instead; nanoGPT's checkpoints can, too"
-    )
+    parser.add_argument("--text", help="a UTF-8 file to read instead")
     parser.add_argument("--save", help="where the parameters that have learned the text go")
     parser.add_argument("--prompt", default="\n", help="how the samples begin")
     parser.add_argument("--max_new_tokens", type=int, default=300)

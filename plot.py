@@ -36,9 +36,7 @@ def read_log(path: Path) -> list[dict]:
     except (ValueError, TypeError, KeyError) as error:
         raise SystemExit(f"{log} has a line that is no row ({error}): delete that line") from None
     if kinds[:1] != ["run"] or "val" not in kinds:
-        raise SystemExit(
-            f"{log} lacks its header or an evaluation: wait for that run, or train again"
-        )
+        raise SystemExit(f"{log} lacks its header or an evaluation: wait, or train again")
     return rows
 
 
@@ -56,9 +54,7 @@ def read_methods(paths: list[Path]) -> dict[str, list[list[dict]]]:
         methods.setdefault(label, []).append(rows)
     units = {rows[0]["dataset"]["tokenizer"] for runs in methods.values() for rows in runs}
     if len(units) > 1:
-        raise SystemExit(
-            f"nats per token of {' and '.join(sorted(units))} do not compare: plot apart"
-        )
+        raise SystemExit(f"losses of {' and '.join(units)} tokens do not compare: plot apart")
     return methods
 
 
@@ -105,6 +101,15 @@ def tokens_needed(curve: np.ndarray, level: float, T: int) -> int | None:
     return n * T if n <= len(curve) else None
 
 
+def fewer_examples(name: str, curve: np.ndarray, adamw: np.ndarray, T: int) -> str:
+    end = T * len(adamw)
+    n = tokens_needed(curve, running(adamw)[-1], T)
+    if n is None:
+        return f"fewer examples: {name} does not come to where AdamW is after {end:,} tokens"
+    many = f"{end / n:.1f} times fewer"
+    return f"fewer examples: {name} is after {n:,} tokens where AdamW is after {end:,}: {many}"
+
+
 # --------------------------------------------------------------------------------------------------
 # the table and the picture
 
@@ -113,10 +118,8 @@ def reading_lines(methods: dict, dataset=None) -> list[tuple[str, int, np.ndarra
     """(label, T, curves (seeds, R)): the baseline by 'none' and 'adamw', all others by 'own'."""
     lines = []
     for i, (label, runs) in enumerate(methods.items()):
-        rules = (
-            {"none": "no learning", "adamw": "tuned AdamW"} if i == 0 else {"own": "its own rates"}
-        )
-        for rule, words in rules.items():
+        baseline = {"none": "no learning", "adamw": "tuned AdamW"}
+        for rule, words in (baseline if i == 0 else {"own": "its own rates"}).items():
             curves = [c for c in (reading_curve(rows, rule, dataset) for rows in runs) if c]
             if curves:
                 lines.append((f"{label}, {words}", curves[0][0], np.stack([c for _, c in curves])))
@@ -134,13 +137,7 @@ def print_table(lines: list, methods: dict):
     adamw = next((curves for label, _, curves in lines if label.endswith("AdamW")), None)
     if adamw is not None and len(lines) > 2:
         label, _, curves = lines[-1]
-        level = running(adamw.mean(0))[-1]
-        n = tokens_needed(curves.mean(0), level, T)
-        if n:
-            print(
-                f"fewer examples: {label.split(',')[0]} is after {n:,} tokens where AdamW is after "
-                f"{R * T:,}: {R * T / n:.1f} times fewer"
-            )
+        print(fewer_examples(label.split(",")[0], curves.mean(0), adamw.mean(0), T))
 
 
 def draw(methods: dict, lines: list, output: Path):
@@ -195,9 +192,7 @@ def space_labels(axes):
 def main(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders of runs or logs, baseline first"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, help="folders or logs, baseline first")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/curves.png"))
     parser.add_argument("--dataset", help="whose domains were read; default: the runs' own")
     args = parser.parse_args(argv)
