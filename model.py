@@ -86,9 +86,8 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
-                token = torch.multinomial(
-                    F.softmax(logits / temperature, -1), 1, generator=generator
-                )
+                chances = F.softmax(logits / temperature, -1)
+                token = torch.multinomial(chances, 1, generator=generator)
             x = torch.cat([x, token], dim=1)
         return x
 
@@ -96,10 +95,8 @@ class GPT(nn.Module):
         """AdamW's two groups: matrices and embeddings decay; biases and gains do not."""
         decayed = [p for p in self.parameters() if p.dim() >= 2]
         free = [p for p in self.parameters() if p.dim() < 2]
-        return [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": free, "weight_decay": 0.0},
-        ]
+        groups = (decayed, weight_decay), (free, 0.0)
+        return [{"params": params, "weight_decay": decay} for params, decay in groups]
 
     def flops_per_token(self, T: int) -> int:
         """Forward FLOPs of matrix products for one token of a T-token row; a multiply-add is two.
@@ -142,7 +139,7 @@ class CausalSelfAttention(nn.Module):
             if q.dtype == torch.bfloat16 and q.device.type == "cpu":
                 q, k, v = q.float(), k.float(), v.float()
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).type_as(x))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C).type_as(qkv))
 
 
 class MLP(nn.Module):

@@ -1511,15 +1511,11 @@ def shards(tmp_path_factory) -> Path:
         role, entry = "heldout" if rows != 40 else "train", {"tokens": {}, "shards": {}}
         for split, n in {"train": 140 * T, "val": rows * T + 1}.items():
             path = f"{domain}/{split}_000000.bin"
-            header = np.zeros(tasks.HEADER_INTS, np.int32)
-            header[:3] = tasks.MAGIC, tasks.VERSION, n
-            (root / "random" / domain).mkdir(parents=True, exist_ok=True)
-            content = header.tobytes() + draw.integers(vocab, size=n).astype(np.uint16).tobytes()
-            (root / "random" / path).write_bytes(content)
+            write(root / "random", {path: shard_of(draw.integers(vocab, size=n))})
             entry["tokens"][split], entry["shards"][split] = n, {path: ""}
         domains[domain] = entry | {"role": role}
     meta = {"tokenizer": "gpt2", "vocab_size": vocab, "domains": domains}
-    (root / "random" / "meta.json").write_text(json.dumps(meta))
+    write(root / "random", {"meta.json": json.dumps(meta)})
     return root
 
 
