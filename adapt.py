@@ -96,6 +96,7 @@ def best_adamw(measure) -> dict:
         changes += [{"frozen": not best["frozen"]}, {"beta2": beta2}]
         better = next((best | c for c in changes if loss(best | c) < loss(best)), None)
         best, moved = better or best, better is not None
+    print(f"adamw with {best} reads the tune domains best")
     return best
 
 
@@ -121,8 +122,6 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
     options = {rule: {} for rule in args.rules or rules_of(ckpt)}
     if "adamw" in options:
         options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
-        where = f"best on {', '.join(tune)}" if tune else "chosen before, or not tuned at all"
-        print(f"adamw with {options['adamw']}, {where}")
     curves = {}  # by (rule, domain): (R,)
     at = {"kind": "adapt", "step": ckpt["step"], **ckpt["spent"], "dataset": data.root.name}
     for rule, chosen in options.items():
@@ -202,6 +201,8 @@ def chosen_adamw(log: Path) -> dict:
     lines = log.read_text().splitlines() if log.is_file() else []
     rows = [json.loads(line) for line in lines]
     chosen = [row["options"] for row in rows if row.get("rule") == "adamw"]
+    if not chosen:
+        print("adamw is not tuned: adapt this run to a dataset with tune domains first")
     return chosen[-1] if chosen else START
 
 

@@ -80,7 +80,7 @@ def adamw(phi: Tensors, g: Tensors, rates: Tensors, state, beta1=0.9, beta2=0.95
     m, v, ones_m, ones_v = state
     m = {n: beta1 * m[n] + (1 - beta1) * g[n] for n in g}
     v = {n: beta2 * v[n] + (1 - beta2) * g[n] * g[n] for n in g}
-    ones_m, ones_v = beta1 * ones_m + (1 - beta1), beta2 * ones_v + (1 - beta2)  # corrects the bias
+    ones_m, ones_v = beta1 * ones_m + (1 - beta1), beta2 * ones_v + (1 - beta2)  # 1 - beta^t
     root = {n: (v[n] / ones_v + 1e-16).sqrt() + 1e-8 for n in g}  # 1e-16: a derivative at g = 0
     phi = {n: p - rates[n] * (m[n] / ones_m) / root[n] for n, p in phi.items()}
     return phi, (m, v, ones_m, ones_v)
@@ -208,6 +208,7 @@ class MAML(nn.Module):
 
         Returns the loss of each row's chunk before it was learned, (P, R), and every passage's phi
         at the end, (P, ...) by name. A chunk has `rows` rows and is learned `repeat` times.
+        vmap(step) is step for all passages at once, each with a phi of its own.
         """
 
         def step(phi, state, x, y, factor):
@@ -253,7 +254,7 @@ class MAML(nn.Module):
         for n, d in d_theta.items():
             d += weight * g[n]  # d_log_lr not so: compiled, scalars stayed zero (torch 2.13)
         d_log_lr = {
-            n: d + (weight * g[n] * (phi[n] - theta[n])).sum_to_size(d.shape)
+            n: d + (weight * g[n] * (phi[n] - theta[n])).sum_to_size(d.shape)  # () for a tensor's
             for n, d in d_log_lr.items()
         }
         phi, state = self.learn(phi, g, log_lr, state, factor)
@@ -267,13 +268,13 @@ class MAML(nn.Module):
         return dict(zip(phi, g, strict=True)), loss
 
     def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> tuple[Tensors, Tensors]:
-        """g and H v. H is symmetric, so there are two ways. Forward over reverse has no tape and
-        wins compiled, reverse over reverse wins eagerly. Contexts outside would not be compiled."""
+        """g and H v, in one of two ways, since H is symmetric: jvp pushes v forward through the
+        gradient, keeps no tape and wins compiled; vjp pulls v back and wins eagerly."""
 
         def gradient(phi):
             return grad(self.loss)(phi, x, y)
 
-        with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():
+        with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():  # outside, it would not be compiled
             if torch.compiler.is_compiling():
                 return jvp(gradient, (phi,), (v,))
             with torch.enable_grad():
@@ -291,7 +292,7 @@ class FirstOrder(torch.autograd.Function):
     def forward(ctx, learner, x, y, *parameters):
         theta = {n: p.detach() for n, p in learner.theta().items()}
         log_lr = {n: p.detach() for n, p in learner.log_lr().items()}
-        phi = {n: p.clone() for n, p in theta.items()}  # or the first step were a graph of its own
+        phi = {n: p.clone() for n, p in theta.items()}  # phi that is theta would be compiled apart
         sums = new_tensor(theta, 0.0), zeros_like(theta), zeros_like(log_lr)
         state = learner.start(theta)
         for chunk in learner.plan(x, y):
@@ -326,7 +327,7 @@ class SecondOrder(torch.autograd.Function):
     def backward(ctx, *d_outputs):
         *d_g, d_loss = d_outputs
         phi = dict(zip(ctx.learner.names, ctx.saved_tensors, strict=True))
-        # a vector that shared memory with phi would be traced wrongly, without a word
+        # Cloned, since compiled with a v that shares memory with phi it is wrong and says nothing.
         v = {n: t.clone() for n, t in zip(phi, d_g, strict=True)}
         g, hv = ctx.learner.compiled_product(phi, v, *ctx.batch)
         return None, None, None, *(d_loss * g[n] + hv[n] for n in phi)

@@ -95,7 +95,9 @@ def main(argv=None):
 
 def run(args):
     path = Path(args.source).resolve()
-    source = args.hf or (args.source if args.source in ROLES else path.name)
+    source = args.hf or path.name
+    if source in ROLES and source != args.source:
+        raise SystemExit(f"{path} is named like a source that is built in: rename it")
     root = Path(args.data_dir) / (args.name or re.sub(r"\W", "_", source.split(".")[0]))
     if args.verify:
         return print_table(verify(root))
@@ -112,8 +114,12 @@ def run(args):
     else:
         files = find_files(path)
         inputs += [[d, p.name, p.stat().st_size] for d, paths in files.items() for p in paths]
-        shards = {d: [p for p in paths if p.suffix == ".bin"] for d, paths in files.items()}
-        streams = {d: shards[d] or read_files(d, files[d], args.text_field) for d in files}
+        streams = {d: read_files(d, files[d], args.text_field) for d in files}
+        for d, paths in files.items():
+            shards = [p for p in paths if p.suffix == ".bin"]
+            if shards and shards != paths:
+                raise SystemExit(f"{d!r} has shards (.bin) and other files: move either away")
+            streams[d] = shards or streams[d]
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hub else 0.1}
     command["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

@@ -108,8 +108,8 @@ class Dataset:
     def step_domains(self, step: int, n: int) -> list[str]:
         """The domains of a step's n draws, in random order: none twice before all came once."""
         draw = rng(self.seed, "domains", step)
-        order = draw.permutation(len(self.train_domains))
-        return [self.train_domains[order[i % len(order)]] for i in draw.permutation(n)]
+        order = draw.permutation(self.train_domains).tolist()
+        return [order[i % len(order)] for i in draw.permutation(n)]
 
     def train_rows(self, domain: str, n: int, draw, consecutive: bool = False) -> np.ndarray:
         """n rows (n, T + 1) of a train split, no token predicted in two of them."""

@@ -42,8 +42,8 @@ from tasks import TASKS, Dataset, ahead
 class Config:
     # the run
     out_dir: str = "out/run"  # where log.jsonl and ckpt.pt go
-    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too; 'resume' sets resume=True
-    resume: bool = False  # go on from out_dir/ckpt.pt, if there is one
+    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too
+    resume: bool = False  # go on from out_dir/ckpt.pt, if any; --init_from=resume sets it
     dataset: str = "local"  # data_dir/dataset, as prepare_data.py wrote it
     data_dir: str = "data"
     seed: int = 1  # decides initialisation and every draw of training data, not the evaluation's
@@ -159,7 +159,7 @@ def train(given: dict):
     learner = make_learner(cfg, model).to(device)
     ddp = learner
     if world_size > 1:
-        ddp = DDP(learner, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DDP(learner, gradient_as_bucket_view=True)
     optimizer = make_optimizer(cfg, learner)
 
     # how far it has come, and what that cost
@@ -212,7 +212,7 @@ def train(given: dict):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
-        total = torch.zeros(2, device=device)  # of the losses, and of the wishes to stop
+        sums = torch.zeros(2, device=device)  # [loss, processes that were asked to stop]
         for task in mine:
             # DDP averages over the ranks, each of which has as many tasks: the mean over all tasks.
             # Only the last task's backward need talk to the other ranks.
@@ -220,13 +220,13 @@ def train(given: dict):
             with ddp.no_sync() if waits else nullcontext():
                 loss = ddp(*next(tasks)) / len(mine)
                 loss.backward()
-            total[0] += loss.detach()
-        total[1] += bool(stop_signals)
+            sums[0] += loss.detach()
+        sums[1] += bool(stop_signals)
         if world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        total_loss, stop, grad_norm = torch.stack([*total, grad_norm]).tolist()  # the one wait
-        loss = total_loss / world_size
+        loss, stop, grad_norm = torch.stack([*sums, grad_norm]).tolist()  # the one wait for a GPU
+        loss /= world_size
         check_finite(step, loss + grad_norm)
         optimizer.step()
         learner.zero_grad()
@@ -269,8 +269,6 @@ def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
     groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
     if rates := [*learner.log_inner_lr]:
         groups.append({"params": rates, "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
-    how_many = sum(len(group["params"]) for group in groups)
-    assert how_many == len([*learner.parameters()]) or not cfg.learning_rate
     betas = (0.9, cfg.beta2)
     if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
         nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
