@@ -129,8 +129,8 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
             losses, _ = read(model, ckpt, rule, *xy, **chosen)  # (P, R)
             row = {"domain": domain, "role": "tune" if domain in tune else "heldout", "rule": rule}
             row |= {"options": chosen, "row_tokens": T, "passages": len(losses)}
-            row |= {"loss": losses.mean(0).round(4).tolist()}
-            row |= {"by_passage": losses.mean(1).round(4).tolist()}
+            row |= {"loss": losses.mean(0, dtype=float).round(4).tolist()}
+            row |= {"by_passage": losses.mean(1, dtype=float).round(4).tolist()}
             if path.name == "ckpt.pt":  # another checkpoint is not the run's result
                 append_row(path.parent, at | row)
             curves[rule, domain] = np.array(row["loss"])

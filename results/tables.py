@@ -1,13 +1,16 @@
 """The long tables of results/README.md, from the logs beside this file.
 
-    python results/tables.py results/demo/*.jsonl   # the baseline's logs first; markdown to stdout
+    python results/tables.py results/demo/*.jsonl   # markdown to stdout
 
-A log is named method_s<seed>.jsonl. Differences are to the baseline read by tuned AdamW, paired by
-seed, with 95% intervals of Student's t where there are two seeds or more.
+A log is named method_s<seed>.jsonl. The first method, read by tuned AdamW (by its own rates if it
+was not read so), is what the others are compared with, paired by seed. ± is half of a 95% interval
+of Student's t over seeds; of two seeds both values are given. 'documents' is such a half over
+passages, of the differences' means over seeds, the domains taken as given.
 """
 
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +52,8 @@ def read_rows(rows: list[dict]) -> dict:
 
 
 def print_runs(logs):
-    print("| method | seeds | tokens | FLOPs | seconds | held-out, theta | AdamW (first seed) |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | seeds | tokens | FLOPs | held-out, theta | AdamW (first seed) |")
+    print("|---|---|---|---|---|---|")
     for method, seeds in logs.items():
         rows = next(iter(seeds.values()))
         roles = rows[0]["dataset"]["roles"]
@@ -62,56 +65,64 @@ def print_runs(logs):
         chosen = [row["options"] for row in rows if row.get("rule") == "adamw"]
         options = ", ".join(f"{k} {v:g}" for k, v in chosen[0].items()) if chosen else ""
         cells = [method, ", ".join(map(str, sorted(seeds))), f"{last['tokens']:,}"]
-        cells += [f"{last['flops']:.2e}", f"{last['seconds']:,.0f}", interval(ends), options]
+        cells += [f"{last['flops']:.2e}", interval(ends), options]
         print(f"| {' | '.join(cells)} |")
 
 
 def print_readings(title, dataset, group, logs, baseline, readings):
-    def curve(method, seed, rule):
-        found = readings[method, seed]
-        rows = [row for key, row in found.items() if key[0] == dataset and key[2] in group]
-        losses = [row["loss"] for row in rows if row["rule"] == rule]
-        return np.mean(losses, axis=0) if len(losses) == len(group) else None
+    def found(method, seed, rule):
+        """The rows of the group's domains, or [] if one is missing."""
+        rows = readings[method, seed].items()
+        rows = [row for key, row in rows if key[0] == dataset and key[2] in group]
+        rows = [row for row in rows if row["rule"] == rule]
+        return rows if len(rows) == len(group) else []
 
     def read_by(method, rule):
-        curves = {seed: curve(method, seed, rule) for seed in logs[method]}
-        return {seed: c for seed, c in curves.items() if c is not None}
+        rows = {seed: found(method, seed, rule) for seed in logs[method]}
+        return {seed: np.mean([r["loss"] for r in rs], 0) for seed, rs in rows.items() if rs}
 
-    lines, reference = [], read_by(baseline, "adamw")
-    for method in logs:
-        for rule in RULES:
-            curves = read_by(method, rule)
-            if not curves:
-                continue
-            R = len(next(iter(curves.values())))
-            T = next(r["row_tokens"] for r in readings[method, min(curves)].values())
-            parts = [(0, R), (0, R // 8), (R // 8, R // 4), (R // 4, R // 2), (R // 2, R)]
-            means = [np.mean([c[a:b].mean() for c in curves.values()]) for a, b in parts]
-            paired = [s for s in curves if s in reference]
-            differences = [curves[s].mean() - reference[s].mean() for s in paired]
-            needed = [tokens_needed(curves[s], running(reference[s])[-1], T) for s in paired]
-            times = [R * T / n for n in needed if n]
-            fewer = interval(times, "x") if len(times) == len(paired) > 0 else "not reached"
-            cells = [method, rule, *(f"{mean:.3f}" for mean in means)]
-            lines.append([*cells, interval(differences, sign="+"), fewer if rule == "own" else ""])
+    rule = "adamw" if read_by(baseline, "adamw") else "own"
+    reference, lines = read_by(baseline, rule), []
+    for method, by in [(method, by) for method in logs for by in RULES]:
+        curves = read_by(method, by)
+        if not curves:
+            continue
+        first = found(method, min(curves), by)[0]
+        T, R = first["row_tokens"], len(first["loss"])
+        edges = [0, R // 8, R // 4, R // 2, R]
+        parts = [(0, R), *pairwise(edges)]
+        means = [np.mean([c[a:b].mean() for c in curves.values()]) for a, b in parts]
+        paired = [s for s in curves if s in reference]
+        differences = [curves[s].mean() - reference[s].mean() for s in paired]
+        needed = [tokens_needed(curves[s], running(reference[s])[-1], T) for s in paired]
+        times = [R * T / n for n in needed if n]
+        fewer = interval(times, "x") if len(times) == len(paired) > 0 else "not reached"
+        cells = [method, by, *(f"{mean:.3f}" for mean in means), interval(differences, sign="+")]
+        pairs = [(found(method, s, by), found(baseline, s, rule)) for s in paired]
+        lines.append([*cells, over_documents(pairs), fewer if by == "own" else ""])
     if lines:
-        edges = [R // 8 * T, R // 4 * T, R // 2 * T, R * T]
-        heads = ["method", "rule", "mean", *(f"-{edge:,}" for edge in edges)]
-        heads += ["mean less the baseline's by AdamW", "fewer examples"]
+        heads = ["method", "rule", "mean", *(f"{a * T:,} to {b * T:,}" for a, b in pairwise(edges))]
+        heads += [f"mean less {baseline}'s by {rule}", "documents", "fewer examples"]
         print(f"\n{title}, nats per token\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for cells in lines:
             print(f"| {' | '.join(cells)} |")
 
 
+def over_documents(pairs) -> str:
+    """Half of a 95% interval over passages, of [(rows by domain, rows by domain)] of each seed."""
+    gaps = []  # by domain: (P,)
+    for rows in zip(*(zip(a, b, strict=True) for a, b in pairs), strict=True):
+        gaps.append(np.mean([np.subtract(a["by_passage"], b["by_passage"]) for a, b in rows], 0))
+    variance = sum(gap.var(ddof=1) / len(gap) for gap in gaps) / max(1, len(gaps)) ** 2
+    return f"± {1.96 * variance**0.5:.3f}" if gaps else ""
+
+
 def interval(values, unit="", sign="") -> str:
-    """The mean, and half of its 95% interval where there is one."""
-    if not len(values):
-        return ""
-    text = f"{np.mean(values):{sign}.3f}{unit}"
-    if len(values) > 1:
-        half = T95[len(values) - 2] * np.std(values, ddof=1) / np.sqrt(len(values))
-        text += f" ± {half:.3f}"
-    return text
+    """The mean, and half of its 95% interval; of one or two values these alone."""
+    if len(values) < 3:
+        return ", ".join(f"{value:{sign}.3f}{unit}" for value in values)
+    half = T95[len(values) - 2] * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):{sign}.3f}{unit} ± {half:.3f}"
 
 
 if __name__ == "__main__":
