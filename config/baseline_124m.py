@@ -1,5 +1,5 @@
 # torchrun --nproc_per_node=8 train.py config/baseline_124m.py
-# GPT-2 124M as people pretrain it: every batch mixes all domains.
+# GPT-2 124M, plainly: every batch mixes all domains, of each the same share, small ones too.
 # 524,288 tokens a step, 10 billion in all.
 # The same tokens as config/maml_124m.py: train both, read with both, plot both.
 # Never run on a GPU.

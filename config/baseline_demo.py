@@ -1,6 +1,6 @@
 # python train.py config/baseline_demo.py
-# Plain pretraining as people do it: every batch mixes all train domains. About a minute on two
-# CPU cores. Eight rows a step, since larger batches cost more tokens at this size.
+# Plain pretraining: every batch mixes all train domains, of each the same share. About a minute on
+# two CPU cores. Eight rows a step, since larger batches cost more tokens at this size.
 
 out_dir = "out/baseline_demo"
 dataset = "local"

@@ -1,0 +1,48 @@
+"""The learned rates of checkpoints, a picture: which tensors learn fast.
+
+    python results/rates.py out/rates_demo out/maml_demo -o results/rates.png
+
+A line spans nine tenths of a tensor's elements, a dot is their median. The rates begin at inner_lr.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from train import load_checkpoint
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that learned rates")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/rates.png"))
+    args = parser.parse_args(argv)
+    figure = Figure(figsize=(5 * len(args.runs) + 2, 7), layout="constrained", dpi=110)
+    panels = figure.subplots(1, len(args.runs), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, run in zip(panels, args.runs, strict=True):
+        ckpt, model = load_checkpoint(run / "ckpt.pt")
+        names = [name.removeprefix("transformer.") for name, _ in model.named_parameters()]
+        if not ckpt.get("learner"):
+            raise SystemExit(f"{run} has learned no rates")
+        spans = []  # (low, median, high) of each tensor, the first of the model on top
+        for i in range(len(names)):
+            rates = ckpt["learner"][f"log_inner_lr.{i}"].exp().numpy()
+            spans.append(np.quantile(rates, [0.05, 0.5, 0.95]))
+        low, median, high = zip(*spans, strict=True)
+        axes.hlines(range(len(names)), low, high, color="C0", lw=3, alpha=0.4)
+        axes.plot(median, range(len(names)), "o", color="C0", ms=4)
+        axes.axvline(ckpt["config"]["inner_lr"], color="0.5", ls=":", lw=1)
+        axes.set(title=run.name, xlabel="learned rate of an element", xscale="log")
+        axes.set_yticks(range(len(names)), names, size=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.output)
+
+
+if __name__ == "__main__":
+    main()
