@@ -109,6 +109,11 @@ def prepare_in(folder, source, *options, name="set") -> Path:
     return folder / name
 
 
+@pytest.fixture
+def prepare(tmp_path):
+    return partial(prepare_in, tmp_path)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
     """Three train domains, one to tune on, one held out: random walks, each in its own alphabet."""
@@ -1044,19 +1049,6 @@ def test_a_meta_json_that_is_none_is_named(pretrain, tmp_path):
 # the data: text to shards
 
 
-@pytest.fixture
-def prepare(tmp_path):
-    """prepare(source, *options): a dataset of a folder, a file or {path: text}; where it is."""
-
-    def prepare(source, *options, name="set") -> Path:
-        source = write(tmp_path / "text", source) if isinstance(source, dict) else source
-        place = ["--name", name, "--data_dir", str(tmp_path / "data")]
-        prepare_data.main([str(source), *place, *options])
-        return tmp_path / "data" / name
-
-    return prepare
-
-
 def domains_of(dataset) -> dict:
     return tasks.read_meta(dataset / "meta.json")["domains"]
 
@@ -1069,10 +1061,9 @@ def documents_of(dataset, domain) -> list[list[str]]:
         paths = sorted(meta["domains"][domain]["shards"][split])
         ids = np.concatenate([tasks.open_shard(dataset / path) for path in paths])
         parts = np.split(ids, np.flatnonzero(ids == meta["eot"]))[1:]
-        documents = [part[1:].tolist() for part in parts]
-        found.append([encoding.decode(document) for document in documents])
-        assert ids[0] == meta["eot"]
-        assert documents == [encoding.encode_ordinary(text) for text in found[-1]]
+        found.append([encoding.decode(part[1:].tolist()) for part in parts])
+        expected = ([meta["eot"], *encoding.encode_ordinary(text)] for text in found[-1])
+        assert ids.tolist() == [*itertools.chain.from_iterable(expected)]
     return found
 
 
@@ -1095,28 +1086,35 @@ def test_any_text_comes_back_from_its_tokens(prepare, name):
     assert train + val == texts
 
 
-def test_every_document_is_in_one_split_whole_and_val_is_the_last_share(prepare, monkeypatch):
+@pytest.mark.parametrize("most", [0, 30_000])
+def test_every_document_is_in_one_split_whole_and_val_is_the_last_share(prepare, monkeypatch, most):
+    """With --max_tokens a domain ends with a whole document."""
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 5000)
-    made = prepare(two_domains(), "--heldout", "數學")
+    made = prepare(two_domains(), "--heldout", "數學", f"--max_tokens={most}")
     for domain, entry in domains_of(made).items():
         train, val = documents_of(made, domain)
         texts = [text for path, text in two_domains().items() if path.startswith(domain)]
-        assert train + val == texts and len(entry["shards"]["train"]) > 2
+        found, tokens = train + val, sum(entry["tokens"].values())
+        assert found == texts[: len(found)] and len(entry["shards"]["train"]) > 2
+        assert 30_000 <= tokens < 36_000 if most else found == texts
         assert entry["role"] == ("heldout" if domain == "數學" else "train")
-        assert sum(entry["bytes"].values()) == sum(len(text.encode()) for text in texts)
+        assert sum(entry["bytes"].values()) == sum(len(text.encode()) for text in found)
         assert entry["documents"] == {"train": len(train), "val": len(val)}
-        assert 0.05 < entry["tokens"]["val"] / sum(entry["tokens"].values()) < 0.15
+        assert 0.05 < entry["tokens"]["val"] / tokens < 0.15
 
 
 def test_roles_stay_until_it_is_said_otherwise_and_change_no_shard(prepare):
-    made = prepare({f"{d}.txt": f"{d} " * 99 for d in "abc"}, "--heldout", "a", "--tune", "b")
-    roles, shards = [], {path: path.stat().st_mtime_ns for path in made.rglob("*.bin")}
-    for options in ([], ["--heldout", "b"], ["--heldout", "", "--tune", "c"]):
-        prepare(made.parents[1] / "text", *options)
-        roles.append([domains_of(made)[d]["role"] for d in "abc"])
-    expected = [["heldout", "tune", "train"], ["train", "heldout", "train"]]
-    assert roles == [*expected, ["train", "train", "tune"]] and len(shards) == 6
-    assert all(path.stat().st_mtime_ns == written for path, written in shards.items())
+    files = {f"{d}.txt": f"{d} " * 99 for d in "abc"}
+    made = prepare(files, "--heldout", "a", "--tune", "b")
+    shards = {path: path.stat().st_mtime_ns for path in made.rglob("*.bin")}
+    for options, expected in (
+        ([], ["heldout", "tune", "train"]),
+        (["--heldout", "b"], ["train", "heldout", "train"]),
+        (["--heldout", "", "--tune", "c"], ["train", "train", "tune"]),
+    ):
+        prepare(files, *options)
+        assert [domains_of(made)[d]["role"] for d in "abc"] == expected
+    assert shards == {path: path.stat().st_mtime_ns for path in made.rglob("*.bin")}
 
 
 @pytest.mark.parametrize("text", ["數學" * 50, "".join(f"línea {i}\n" for i in range(100))])
@@ -1126,31 +1124,29 @@ def test_one_document_still_gives_both_splits_and_no_character_is_cut(prepare, t
     assert "\n" not in text or val.startswith("línea")
 
 
-def test_a_long_document_is_cut_at_line_ends(prepare, monkeypatch):
+@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
+def test_a_long_document_is_cut_at_line_ends(prepare, monkeypatch, name):
     monkeypatch.setattr(prepare_data, "MAX_DOCUMENT", 100)
-    lines = [f"line {i}\n" for i in range(200)]
-    for name, text in (("plain.txt", "".join(lines)), ("json.jsonl", records(["".join(lines)]))):
-        made = prepare({name: text}, name=name.split(".")[0])
-        train, val = documents_of(made, name.split(".")[0])
-        documents = train + val
-        assert "".join(documents) == "".join(lines) and len(documents) > 9
-        assert all(len(text) <= 100 and text.endswith("\n") for text in documents)
-        (made.parents[1] / "text" / name).unlink()
+    text = "".join(f"line {i}\n" for i in range(200))
+    content = records([text]) if name.endswith("jsonl") else text
+    train, val = documents_of(prepare({name: content}), "book")
+    documents = train + val
+    assert "".join(documents) == text and len(documents) > 9
+    assert all(len(part) <= 100 and part.endswith("\n") for part in documents)
 
 
-def test_a_shard_cut_short_or_changed_is_refused(prepare, tmp_path):
+def test_a_shard_cut_short_or_changed_is_refused(prepare):
     path = prepare(two_domains()) / "數學/train_000000.bin"
-    header, ids = np.fromfile(path, np.int32, 256), np.fromfile(path, np.uint16)[512:]
-    assert header[:3].tolist() == [20240520, 1, len(ids)] and not header[3:].any()
-    whole, verify = path.read_bytes(), partial(prepare, tmp_path / "text", "--verify")
+    whole, verify = path.read_bytes(), partial(prepare, two_domains(), "--verify")
+    ids = np.frombuffer(whole[1024:], np.uint16)
+    assert whole == shard_of(ids)
     verify()
-    path.write_bytes(whole[:-2] + b"\x01\x00")
-    with refused(match=r"train_000000.*--overwrite"):
-        verify()
-    path.write_bytes(whole[:-2])
-    for read in (partial(tasks.open_shard, path), verify):
-        with pytest.raises((ValueError, SystemExit), match=r"train_000000.*--overwrite"):
-            read()
+    for content in (whole[:-2] + b"\x01\x00", whole[:-2]):
+        path.write_bytes(content)
+        with refused(match=r"train_000000.*--overwrite"):
+            verify()
+    with pytest.raises(ValueError, match=r"train_000000.*--overwrite"):
+        tasks.open_shard(path)
 
 
 def test_bad_records_are_counted_and_duplicates_dropped_over_all_domains(prepare):
@@ -1166,7 +1162,7 @@ def test_bad_records_are_counted_and_duplicates_dropped_over_all_domains(prepare
 
 
 def test_a_user_s_mistake_names_the_remedy(prepare, tmp_path, monkeypatch):
-    prepare(two_domains(), name="made")
+    made = prepare(two_domains(), name="made")
     wide = SimpleNamespace(n_vocab=100277)
     monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", lambda name: wide)
     (tmp_path / "empty").mkdir()
@@ -1176,64 +1172,59 @@ def test_a_user_s_mistake_names_the_remedy(prepare, tmp_path, monkeypatch):
         ("text", ["--tokenizer", "cl100k_base"], "wide", "uint16: use gpt2 or bytes"),
         ("text", ["--max_tokens", "500"], "made", "--overwrite"),
         ("text", ["--verify"], "none", "without --verify"),
-        ("empty", [], "empty", "give a folder of text"),
+        ("empty", [], "new", "give a folder of text"),
         ("nothing", [], "nothing", "common_pile"),
     ):
         with refused(match=remedy):
             prepare(tmp_path / folder, *options, name=name)
-    assert {entry["role"] for entry in domains_of(tmp_path / "data/made").values()} == {"train"}
-
-
-def test_max_tokens_ends_a_domain_with_a_whole_document(prepare):
-    made = prepare(two_domains(99), "--max_tokens", "30000")
-    for domain, entry in domains_of(made).items():
-        texts = [text for path, text in two_domains(99).items() if path.startswith(domain)]
-        train, val = documents_of(made, domain)
-        found = train + val
-        assert found == texts[: len(found)] and 30_000 <= sum(entry["tokens"].values()) < 36_000
+    assert {entry["role"] for entry in domains_of(made).values()} == {"train"}
 
 
 def test_shards_of_llm_c_are_a_domain_as_they_are(prepare, tmp_path):
-    train, val = shard_of(np.arange(300) % 257), shard_of(np.arange(50))
+    train, val = shard_of(np.arange(300) % 257), shard_of(range(50))
     files = {"fineweb/fineweb_train_000001.bin": train, "fineweb/fineweb_val_000000.bin": val}
     made = prepare(files | {"own.txt": "some text of one's own"})
     entry = domains_of(made)["fineweb"]
     assert entry["tokens"] == {"train": 300, "val": 50}
     [path] = entry["shards"]["val"]
-    assert "val_000000" in path and tasks.open_shard(made / path)[49] == 49
+    assert (made / path).samefile(tmp_path / "text/fineweb/fineweb_val_000000.bin")
     with refused(match="--tokenizer"):
-        prepare({"fineweb/fineweb_train_000001.bin": shard_of(np.arange(300))}, "--overwrite")
+        prepare({"fineweb/fineweb_train_000001.bin": shard_of(range(300))}, "--overwrite")
     with refused(match="give it one more"):
-        prepare(write(tmp_path / "one", {"a/train.bin": train}), name="one")
+        prepare(write(tmp_path / "one", {"a/train.bin": train}), name="other")
+
+
+STOPPED = """
+import os, signal, sys, prepare_data
+
+left, prepare_data.SHARD_TOKENS = int(sys.argv[1]), 5_000
+
+def kill(event, arguments):
+    global left
+    left -= event == "os.rename"
+    if event == "os.rename" and left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+prepare_data.main(sys.argv[2:])
+"""
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes_for_any_number_of_workers(tmp_path):
+    """Killed when the 7th file is renamed into its place, then at the 8th, ...; a domain has 8."""
     files = {f"{d}/{i}.md": f"{d} {i} " + "é数 \n" * i for d in "abcdef" for i in range(90)}
     files |= {f"{d}/copy.md": "in three domains" for d in "ace"}
     source, parts, whole = write(tmp_path / "text", files), tmp_path / "parts", tmp_path / "whole"
-    code = "import os, sys, time, prepare_data as P; P.SHARD_TOKENS, sync = 5_000, os.fsync\n"
-    code += "os.fsync = lambda file: time.sleep(0.02) or sync(file)\n"  # slow enough to be killed
-    code += "P.main(sys.argv[1:])"
-    run = [sys.executable, "-c", code, source, "--name", "set", "--data_dir"]
-    subprocess.run([*run, whole, "--workers", "1"], check=True, capture_output=True, cwd=HERE)
-    progress, kills, seen = parts / "set/progress.json", 0, []
-    while not (parts / "set/meta.json").exists():
-        command = [*run, parts, "--workers", "3"]
-        process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (parts / "set/meta.json").exists():
-            finished = json.loads(progress.read_bytes())["finished"] if progress.exists() else []
-            if len(finished) > len(seen):
-                time.sleep(0.02 * kills)  # within the next domain, each time elsewhere
-                break
-            time.sleep(0.001)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-        seen = json.loads(progress.read_bytes())["finished"] if progress.exists() else seen
+    make = partial(run, "-c", STOPPED, cwd=HERE)
+    make(0, source, "--name=set", f"--data_dir={whole}", "--workers=1")
+    kills = 0
+    while make(7 + kills, source, "--name=set", f"--data_dir={parts}", "--workers=3").returncode:
+        kills += 1
         assert kills < 9, "it does not go on but starts anew"
         assert all(len(tasks.open_shard(path)) for path in parts.rglob("*.bin"))
     read = [{p.relative_to(d): p.read_bytes() for p in d.rglob("*.*")} for d in (parts, whole)]
     assert read[0] == read[1] and len(read[0]) > 20 and kills > 2
+    assert not list(parts.rglob("*.tmp"))
     assert domains_of(whole / "set")["c"]["skipped"] == {"duplicate": 1}
 
 
@@ -1254,9 +1245,7 @@ def test_one_dataset_of_many_domains_streams_through_datasets(prepare, tmp_path,
 
 def test_local_needs_no_package_beyond_the_requirements(prepare, monkeypatch):
     absent, find = ("sympy", "networkx", "mpmath", "PIL"), importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in absent else find(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in absent else find(n))
     domains = domains_of(prepare("local", "--max_mb", "0.1"))
     roles = {domain: entry["role"] for domain, entry in domains.items()}
     assert roles["cpp_headers"] == roles["python_docs"] == "heldout" != roles["type_stubs"]
