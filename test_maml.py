@@ -1486,43 +1486,36 @@ def test_asked_to_stop_a_run_saves_and_goes_on_from_there(run_flags, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # plot.py: what is told is what the logs say
 
+VAL = [(0, 5.0), (9, 3.0)]
 
-def write_log(path, val, adapt=(), seed=1, tokens_before=0, **config):
+
+def write_log(path, val=VAL, adapt=(), tokens_before=0, **config):
     """A log with evaluations [(tokens, loss)] and adapt rows {rule: losses of 16-token rows}."""
     roles = {"a": "train", "t": "tune", "z": "heldout"}
     data = dict(name="toy", tokenizer="bytes", roles=roles)
-    config = {"seed": seed, **config}
     before = {"tokens": tokens_before}
-    rows = [{"kind": "run", "config": config, "before": before, "dataset": data}]
+    rows = [{"kind": "run", "config": {"seed": 1} | config, "before": before, "dataset": data}]
     for tokens, loss in val:
         losses = {"a": 0.0, "t": 0.0, "z": loss}
         rows.append({"kind": "val", "step": tokens, "tokens": tokens, "loss": losses, "online": {}})
-    for rule, losses in dict(adapt).items():
-        for domain, shift in (("t", 5.0), ("z", 0.0)):
-            row = {"kind": "adapt", "dataset": "toy", "domain": domain, "role": roles[domain]}
-            loss = [loss + shift for loss in losses]
-            rows.append({**row, "rule": rule, "row_tokens": 16, "loss": loss})
+    for (rule, losses), domain in itertools.product(dict(adapt).items(), "tz"):
+        row = {"kind": "adapt", "dataset": "toy", "domain": domain, "role": roles[domain]}
+        loss = [loss + 5 * (domain == "t") for loss in losses]
+        rows.append({**row, "rule": rule, "row_tokens": 16, "loss": loss})
     write(path, {"log.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
     return path
 
 
 @pytest.fixture
-def told(tmp_path, capsys):
-    def told(*runs) -> str:
-        plot.main([*map(str, runs), "-o", str(tmp_path / "curves.png")])
-        return capsys.readouterr().out
-
-    return told
+def told(tmp_path, printed):
+    return partial(printed, plot.main, f"--output={tmp_path}/curves.png")
 
 
-def test_the_table_says_what_the_heldout_rows_say_and_how_many_fewer_examples_are_needed(
-    told, tmp_path
-):
-    val = [(0, 5.0), (64, 3.0)]
+def test_the_table_says_what_heldout_rows_say_and_how_many_fewer_are_needed(told, tmp_path):
     adamw = [3.0] * 4 + [2.0] * 4  # over its later half 2.0
-    base = write_log(tmp_path / "base", val, {"none": [4.0] * 8, "adamw": adamw})
+    base = write_log(tmp_path / "base", adapt={"none": [4.0] * 8, "adamw": adamw})
     own = [3.0, 2.0, 1.0] + [1.0] * 5  # its later half is at 2.0 after two rows
-    text = told(base, write_log(tmp_path / "maml", val, {"own": own}, inner_steps=1))
+    text = told(base, write_log(tmp_path / "maml", adapt={"own": own}, inner_steps=1))
     cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)  after 0.0M training tokens$", text, re.M))
     assert cells == {
         "base, no learning": "4.000",
@@ -1534,7 +1527,7 @@ def test_the_table_says_what_the_heldout_rows_say_and_how_many_fewer_examples_ar
 
 
 def test_runs_that_differ_only_in_seed_or_place_are_one_method(tmp_path):
-    val, runs = [(0, 5.0), (9, 3.0)], []
+    runs = []
     for name, config in {
         "base_s1": dict(seed=1, device="cpu", init_from="scratch", resume=False),
         "base_s2": dict(seed=2, device="cuda", init_from="scratch", resume=True, data_dir="x"),
@@ -1542,21 +1535,16 @@ def test_runs_that_differ_only_in_seed_or_place_are_one_method(tmp_path):
         "more_s1": dict(seed=1, inner_steps=1, tokens_before=9),  # begun from a checkpoint
         "maml_s2": dict(seed=2, inner_steps=1, learning_rate=9),  # another method of the same name
     }.items():
-        runs.append(write_log(tmp_path / name, val, {"none": [1.0]}, **config, out_dir=name))
-    methods = plot.read_methods(runs)
-    assert {label: len(logs) for label, logs in methods.items()} == {
-        "maml_s2": 1,
-        "base": 2,
-        "maml": 1,
-        "more": 1,
-    }
+        runs.append(write_log(tmp_path / name, **config, out_dir=name))
+    methods = {label: len(logs) for label, logs in plot.read_methods(runs).items()}
+    assert methods == {"base": 2, "maml": 1, "more": 1, "maml_s2": 1}
 
 
 def test_newer_rows_replace_older_ones_and_a_level_that_is_never_reached_is_none(tmp_path):
-    log = write_log(tmp_path / "run", [(9, 3.0)], {"own": [9.0, 9.0]})
-    rows = (log / "log.jsonl").read_text()
-    newer = write_log(tmp_path / "new", [(9, 3.0)], {"own": [2.0, 1.0]}) / "log.jsonl"
-    (log / "log.jsonl").write_text(rows + "".join(newer.read_text().splitlines(True)[2:]))
+    log = write_log(tmp_path / "run", adapt={"own": [9.0, 9.0]}) / "log.jsonl"
+    newer = write_log(tmp_path / "new", adapt={"own": [2.0, 1.0]})
+    with open(log, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows_of(newer)[1:])
     T, curve = plot.reading_curve(plot.read_log(log), "own")
     assert T == 16 and curve.tolist() == [2.0, 1.0]
     assert plot.tokens_needed(curve, 1.5, 16) == 32 and plot.tokens_needed(curve, 0.5, 16) is None
@@ -1566,28 +1554,27 @@ def test_newer_rows_replace_older_ones_and_a_level_that_is_never_reached_is_none
     assert plot.reading_curve(plot.read_log(log), "adamw") is None
 
 
-def test_logs_beyond_repair_are_refused_with_a_remedy_and_a_cut_last_line_is_left_out(
-    told, tmp_path
-):
-    log = write_log(tmp_path / "run", [(0, 5.0), (9, 3.0)], {"none": [3.0]}) / "log.jsonl"
-    header, first, *rest = log.read_text().splitlines()
-    log.write_text("\n".join([header, first, *rest]) + "\n" + '{"kind": "val", "st')
+def test_logs_beyond_repair_are_refused_and_a_cut_last_line_is_left_out(told, tmp_path):
+    log = write_log(tmp_path / "run", adapt={"none": [3.0]}) / "log.jsonl"
+    header, first, *rest = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([header, first, *rest, '{"kind": "val", "st']))
     assert "3.000" in told(log)
-    for lines in ([], [first], [header], [header, "no json", first]):
-        log.write_text("".join(line + "\n" for line in lines))
-        with refused(match="delete that line" if "no json" in lines else "train again"):
+    for lines, remedy in (
+        ([], "train again"),
+        ([first], "train again"),
+        ([header], "train again"),
+        ([header, "no json\n", first], "delete that line"),
+        ([header, first], r"adapt\.py"),
+    ):
+        log.write_text("".join(lines))
+        with refused(match=remedy):
             told(log)
     with refused(match=r"no log at .*train\.py"):
         told(tmp_path / "nowhere")
-    log.write_text(f"{header}\n{first}\n")
-    with refused(match=r"adapt\.py"):
-        told(log)
 
 
 def test_the_picture_needs_no_torch(trained, tmp_path):
     code = "import sys, plot; plot.main(); assert 'torch' not in sys.modules"
-    command = [sys.executable, "-c", code, trained / "plain", trained / "maml", "-o", "curves.png"]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = run("-c", code, trained / "plain", trained / "maml", "-o", tmp_path / "c.png", cwd=HERE)
     assert done.returncode == 0, done.stderr
-    assert "tuned AdamW" in done.stdout and (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "tuned AdamW" in done.stdout and (tmp_path / "c.png").stat().st_size > 10_000
