@@ -774,11 +774,10 @@ def test_two_processes_do_what_one_does(pretrain, data_dir, tmp_path, method):
 def test_ranks_that_begin_at_different_steps_refuse_to_start(pretrain, data_dir, tmp_path):
     """As file systems that lag may have it: each rank sees an out_dir of its own."""
     pretrain("1", max_steps=3)
-    code = f"import os, sys; sys.path.insert(0, {str(HERE)!r}); import train\n"
-    code += "train.main(sys.argv[1:] + ['--out_dir=' + os.environ['RANK']])"
-    write(tmp_path, {"start.py": code})
-    options = flags(data_dir=data_dir, init_from="resume", **QUICK)
-    done = run(*TORCHRUN, "--nproc_per_node=2", "start.py", *options, cwd=tmp_path)
+    options = " ".join(flags(data_dir=data_dir, init_from="resume", **QUICK))
+    command = f"{sys.executable} {HERE}/train.py {options} --out_dir=$RANK"
+    shell = ["--nproc_per_node=2", "--no-python", "sh", "-c", command]
+    done = run(*TORCHRUN, *shell, cwd=tmp_path)
     assert done.returncode and "begin at different steps" in done.stderr
     assert not (tmp_path / "0").exists()  # and nothing was touched
 
