@@ -251,10 +251,11 @@ class MAML(nn.Module):
         """
         total, d_theta, d_log_lr = sums
         g, loss = self.gradient(phi, x, y)
+        weighted = {n: weight * t for n, t in g.items()}
         for n, d in d_theta.items():
-            d += weight * g[n]  # d_log_lr not so: compiled, scalars stayed zero (torch 2.13)
+            d += weighted[n]  # d_log_lr not so: compiled, scalars stayed zero (torch 2.13)
         d_log_lr = {
-            n: d + (weight * g[n] * (phi[n] - theta[n])).sum_to_size(d.shape)  # () for a tensor's
+            n: d + (weighted[n] * (phi[n] - theta[n])).sum_to_size(d.shape)  # () for a tensor's
             for n, d in d_log_lr.items()
         }
         phi, state = self.learn(phi, g, log_lr, state, factor)
