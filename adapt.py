@@ -177,7 +177,8 @@ def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):
         losses, phi = read(model, ckpt, rule, x, y, **chosen)
         curves[rule] = losses[0]
     table(args.text, curves, T, 1)
-    print_fewer_examples(curves, T)
+    if options.get("adamw") is not START:  # less than an untuned AdamW needs is no praise
+        print_fewer_examples(curves, T)
     print(f"\nbefore:\n{sample(model, tokenizer, args, device)}")
     model.load_state_dict(
         {n: p.reshape(model.get_parameter(n).shape) for n, p in phi.items()}, strict=False
