@@ -165,8 +165,9 @@ def draw(methods: dict, lines: list, output: Path):
 
 def draw_line(axes, x, y, name: str, rule: str, i: int):
     """The mean of y (seeds, points) of the i-th method, with the range of the seeds."""
-    mean, look = y.mean(0), {"color": f"C{i}", "ls": STYLES[rule]}
-    axes.plot(x, mean, label=f"{name}, {WORDS[rule]}: {mean[-1]:.2f}", **look)
+    mean = y.mean(0)
+    label = f"{name}, {WORDS[rule]}: {mean[-1]:.2f}"
+    axes.plot(x, mean, STYLES[rule], color=f"C{i}", label=label)
     axes.fill_between(x, y.min(0), y.max(0), color=f"C{i}", alpha=0.2, lw=0)
 
 

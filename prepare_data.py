@@ -114,12 +114,12 @@ def run(args):
     else:
         files = find_files(path)
         inputs += [[d, p.name, p.stat().st_size] for d, paths in files.items() for p in paths]
-        streams = {d: read_files(d, files[d], args.text_field) for d in files}
+        streams = {}
         for d, paths in files.items():
             shards = [p for p in paths if p.suffix == ".bin"]
             if shards and shards != paths:
                 raise SystemExit(f"{d!r} has shards (.bin) and other files: move either away")
-            streams[d] = shards or streams[d]
+            streams[d] = shards or read_files(d, paths, args.text_field)
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hub else 0.1}
     command["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()

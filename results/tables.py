@@ -9,24 +9,21 @@ passages, of the differences' means over seeds, the domains taken as given.
 """
 
 import sys
-from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from plot import read_log, running, tokens_needed
+from plot import read_methods, running, tokens_needed
 
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365]  # for 1, 2, ... degrees of freedom
 RULES = ("none", "adamw", "own")
 
 
 def main(paths: list[str]):
-    logs = defaultdict(dict)  # by method, by seed
-    for path in map(Path, paths):
-        method, _, seed = path.stem.rpartition("_s")
-        logs[method][int(seed)] = read_log(path)
+    methods = read_methods([Path(path) for path in paths])
+    logs = {m: {rows[0]["config"]["seed"]: rows for rows in runs} for m, runs in methods.items()}
     baseline, *_ = logs
     readings = {
         (method, seed): read_rows(rows) for method in logs for seed, rows in logs[method].items()
