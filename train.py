@@ -408,8 +408,9 @@ def append_row(out: Path, row: dict):
 
 def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, world_size) -> dict:
     """The log's first row: what is needed to make the run again and to read its log."""
-    git = f"git -C '{Path(__file__).parent}' describe --always --dirty --abbrev=40 --exclude='*'"
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip()
+    git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # by a shell: it may be absent
+    how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(git, **how).stdout.strip()
     on_gpu = device.type == "cuda"
     kind = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {device.type}"
     K, tokens = cfg.inner_steps, cfg.tasks_per_step * cfg.batch_size * cfg.block_size
