@@ -33,10 +33,9 @@ def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensor
     """(gradients by name, outer loss) of a task x, y (B, T): the definition, in torch's own words.
 
     learner.loss(phi, x, y) is functional_call(model, phi, (x, y))[1]: the model's forward with phi
-    instead of its parameters. The model is not changed, and gradients reach phi. grad_and_value(f)
-    is a function like f that returns (d f / d its first argument, f). It writes nothing to .grad,
-    and it can be differentiated again: here the outer one goes through the inner ones. An
-    optimizer's step() has no such derivative, for it overwrites theta in place.
+    instead of its parameters. grad_and_value(f) is a function like f that returns (d f / d its
+    first argument, f). It can be differentiated again: here the outer one goes through the inner
+    ones. An optimizer's step() has no derivative, for it overwrites theta in place.
     """
 
     def gradient(phi, x, y):
@@ -54,12 +53,12 @@ def meta_grad(learner: "MAML", x: torch.Tensor, y: torch.Tensor) -> tuple[Tensor
 
 def outer_loss(learner, theta, log_lr, x, y, gradient_of, loss_of) -> torch.Tensor:
     """Predict a chunk, learn it, go on; the last one is only predicted. gradient_of: (g, loss)."""
-    phi, state, total = theta, learner.start(theta), 0.0
+    phi, rates, state, total = theta, learner.rates(log_lr), learner.start(theta), 0.0
     *support, last = learner.plan(x, y)
     for xj, yj, weight, factor in support:
         g, loss = gradient_of(phi, xj, yj)
         total = total + weight * loss
-        phi, state = learner.learn(phi, g, log_lr, state, factor)
+        phi, state = learner.learn(phi, g, rates, state, factor)
     xj, yj, weight, _ = last
     return total + weight * loss_of(phi, xj, yj)
 
@@ -77,17 +76,16 @@ def sgd(phi: Tensors, g: Tensors, rates: Tensors, state):
 
 def adamw(phi: Tensors, g: Tensors, rates: Tensors, state, beta1=0.9, beta2=0.95):
     """Loshchilov & Hutter 2019 (arXiv 1711.05101, algorithm 2) without weight decay."""
-    m, v, ones_m, ones_v = state
+    m, v, t = state[0], state[1], state[2] + 1
     m = {n: beta1 * m[n] + (1 - beta1) * g[n] for n in g}
     v = {n: beta2 * v[n] + (1 - beta2) * g[n] * g[n] for n in g}
-    ones_m, ones_v = beta1 * ones_m + (1 - beta1), beta2 * ones_v + (1 - beta2)  # 1 - beta^t
-    root = {n: (v[n] / ones_v + 1e-16).sqrt() + 1e-8 for n in g}  # 1e-16: a derivative at g = 0
-    phi = {n: p - rates[n] * (m[n] / ones_m) / root[n] for n, p in phi.items()}
-    return phi, (m, v, ones_m, ones_v)
+    root = {n: (v[n] / (1 - beta2**t) + 1e-16).sqrt() + 1e-8 for n in g}  # 1e-16: for g = 0
+    phi = {n: p - rates[n] * (m[n] / (1 - beta1**t)) / root[n] for n, p in phi.items()}
+    return phi, (m, v, t)
 
 
 def adamw_start(phi: Tensors):
-    return zeros_like(phi), zeros_like(phi), new_tensor(phi, 0.0), new_tensor(phi, 0.0)
+    return zeros_like(phi), zeros_like(phi), new_tensor(phi, 0.0)
 
 
 def clip(g: Tensors, largest: float) -> Tensors:
@@ -111,6 +109,13 @@ UPDATES = {"sgd": (sgd, lambda phi: ()), "adamw": (adamw, adamw_start)}
 SCHEDULES = {"constant": lambda t: 1.0, "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t))}
 OBJECTIVES = {"every": lambda n: [1 / n] * n, "final": lambda n: [0.0] * (n - 1) + [1.0]}
 RATE_SHAPES = {"no": None, "tensor": lambda p: (), "element": lambda p: p.shape}
+
+
+def choose(table: dict, word: str):
+    if word not in table:
+        raise ValueError(f"{word!r} is unknown to MAML: choose {' or '.join(map(repr, table))}")
+    return table[word]
+
 
 # --------------------------------------------------------------------------------------------------
 # the learner: a module from a task to a scalar
@@ -142,23 +147,17 @@ class MAML(nn.Module):
         inner_warmup: int = 0,
     ):
         super().__init__()
-        words = inner_optimizer, inner_schedule, objective, learn_inner_lr
-        tables = UPDATES, SCHEDULES, OBJECTIVES, RATE_SHAPES
-        for word, known in zip(words, tables, strict=True):
-            if word not in known:
-                choices = " or ".join(map(repr, known))
-                raise ValueError(f"{word!r} is unknown to MAML: choose {choices}")
         if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_clip) < 0:
             raise ValueError("inner_lr must be positive; inner_steps, _warmup, _clip not negative")
         self.model, self.inner_steps, self.inner_lr = model, inner_steps, inner_lr
-        self.update, self.start = UPDATES[inner_optimizer]
-        self.schedule, self.inner_warmup = SCHEDULES[inner_schedule], inner_warmup
+        self.update, self.start = choose(UPDATES, inner_optimizer)
+        self.schedule, self.inner_warmup = choose(SCHEDULES, inner_schedule), inner_warmup
         self.first_order, self.inner_clip, self.autocast = first_order, inner_clip, autocast
-        self.weights = OBJECTIVES[objective](inner_steps + 1)
+        self.weights = choose(OBJECTIVES, objective)(inner_steps + 1)
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.log_inner_lr = nn.ParameterList()
-        if inner_steps and learn_inner_lr != "no":
-            shapes = [RATE_SHAPES[learn_inner_lr](p) for p in self.theta().values()]
+        if (shape_of := choose(RATE_SHAPES, learn_inner_lr)) and inner_steps:
+            shapes = [shape_of(p) for p in self.theta().values()]
             self.log_inner_lr.extend(torch.full(shape, math.log(inner_lr)) for shape in shapes)
         # Whole functions are compiled: a compiled loss under an eager grad would run uncompiled.
         whole = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda f: f
@@ -172,7 +171,7 @@ class MAML(nn.Module):
         if self.inner_steps == 0:
             return self.compiled_loss(theta, x, y)
         if self.first_order:
-            return FirstOrder.apply(self, x, y, *theta.values(), *log_lr.values())
+            return self.first_order_loss(theta, log_lr, x, y)
         gradient = self.differentiable_gradient
         return outer_loss(self, theta, log_lr, x, y, gradient, self.compiled_loss)
 
@@ -182,6 +181,11 @@ class MAML(nn.Module):
 
     def log_lr(self) -> Tensors:
         return dict(zip(self.names, self.log_inner_lr, strict=False))  # {} where none is learned
+
+    def rates(self, log_lr: Tensors) -> Tensors:
+        if log_lr:
+            return {n: t.exp() for n, t in log_lr.items()}
+        return dict.fromkeys(self.names, new_tensor(self.theta(), self.inner_lr))
 
     def plan(self, x, y) -> list[tuple]:
         """(x_j, y_j, weight in the outer loss, factor of the rates) for each chunk of a task."""
@@ -197,10 +201,10 @@ class MAML(nn.Module):
         warmup = [(j + 1) / (w + 1) for j in range(w)]
         return new_tensor(self.theta(), warmup + [self.schedule(j / (n - w)) for j in range(n - w)])
 
-    def learn(self, phi, g, log_lr, state, factor):
+    def learn(self, phi, g, rates, state, factor):
         """The step of the inner loop, the only one."""
-        rates = {n: factor * (log_lr[n].exp() if log_lr else self.inner_lr) for n in phi}
-        return self.update(phi, clip(g, self.inner_clip), rates, state)
+        now = {n: factor * rate for n, rate in rates.items()}
+        return self.update(phi, clip(g, self.inner_clip), now, state)
 
     @torch.no_grad()
     def read(self, x: torch.Tensor, y: torch.Tensor, rows: int = 1, repeat: int = 1):
@@ -213,10 +217,10 @@ class MAML(nn.Module):
 
         def step(phi, state, x, y, factor):
             g, loss = self.gradient(phi, x, y)
-            return loss, *self.learn(phi, g, self.log_lr(), state, factor)
+            return loss, *self.learn(phi, g, rates, state, factor)
 
         phi = {n: p.detach().expand(len(x), *p.shape) for n, p in self.theta().items()}
-        state, losses = vmap(self.start)(phi), []
+        rates, state, losses = self.rates(self.log_lr()), vmap(self.start)(phi), []
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
             chunks = list(zip(x.split(rows, 1), y.split(rows, 1), strict=True))  # (P, rows, T)
             for chunk, factor in zip(chunks, self.factors(len(chunks)), strict=True):
@@ -244,7 +248,20 @@ class MAML(nn.Module):
     # For SGD phi_j - theta = -alpha (g_0 + ... + g_j-1): a rate grows where a gradient agrees with
     # the ones before it, and shrinks where they contradict each other.
 
-    def summed_step(self, sums, theta, phi, log_lr, state, x, y, weight, factor):
+    def first_order_loss(self, theta: Tensors, log_lr: Tensors, x, y) -> torch.Tensor:
+        with torch.no_grad():
+            sums = new_tensor(theta, 0.0), zeros_like(theta), zeros_like(log_lr)
+            phi = {n: p.clone() for n, p in theta.items()}  # theta itself would be compiled apart
+            rates, state = self.rates(log_lr), self.start(theta)
+            for chunk in self.plan(x, y):
+                sums, phi, state = self.compiled_step(sums, theta, phi, rates, state, *chunk)
+        total, *gradients = sums
+        # A term that adds nothing to the value, and to each parameter's gradient its sum
+        pairs = [(p[n], d[n]) for p, d in zip((theta, log_lr), gradients, strict=True) for n in d]
+        linear = sum((p * d).sum() for p, d in pairs)
+        return total + (linear - linear.detach())
+
+    def summed_step(self, sums, theta, phi, rates, state, x, y, weight, factor):
         """One inner step, and what it adds to the outer loss and to its two gradients.
 
         The last chunk is learned in vain, so that all chunks are one graph to compile.
@@ -258,7 +275,7 @@ class MAML(nn.Module):
             n: d + (weighted[n] * (phi[n] - theta[n])).sum_to_size(d.shape)  # () for a tensor's
             for n, d in d_log_lr.items()
         }
-        phi, state = self.learn(phi, g, log_lr, state, factor)
+        phi, state = self.learn(phi, g, rates, state, factor)
         return (total + weight * loss, d_theta, d_log_lr), phi, state
 
     # ----------------------------------------------------------------------------------------------
@@ -271,41 +288,13 @@ class MAML(nn.Module):
     def hessian_product(self, phi: Tensors, v: Tensors, x, y) -> tuple[Tensors, Tensors]:
         """g and H v, in one of two ways, since H is symmetric: jvp pushes v forward through the
         gradient, keeps no tape and wins compiled; vjp pulls v back and wins eagerly."""
-
-        def gradient(phi):
-            return grad(self.loss)(phi, x, y)
-
+        gradient = partial(grad(self.loss), x=x, y=y)
         with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():  # outside, it would not be compiled
             if torch.compiler.is_compiling():
                 return jvp(gradient, (phi,), (v,))
             with torch.enable_grad():
                 g, pull = vjp(gradient, phi)
                 return g, pull(v)[0]
-
-
-class FirstOrder(torch.autograd.Function):
-    """(learner, x, y, *theta, *log_lr) -> outer loss, whose gradients are known when it is.
-
-    The parameters are arguments only so that autograd hands their gradients to them.
-    """
-
-    @staticmethod
-    def forward(ctx, learner, x, y, *parameters):
-        theta = {n: p.detach() for n, p in learner.theta().items()}
-        log_lr = {n: p.detach() for n, p in learner.log_lr().items()}
-        phi = {n: p.clone() for n, p in theta.items()}  # phi that is theta would be compiled apart
-        sums = new_tensor(theta, 0.0), zeros_like(theta), zeros_like(log_lr)
-        state = learner.start(theta)
-        for chunk in learner.plan(x, y):
-            sums, phi, state = learner.compiled_step(sums, theta, phi, log_lr, state, *chunk)
-        total, d_theta, d_log_lr = sums
-        ctx.save_for_backward(*d_theta.values(), *d_log_lr.values())  # in the order of parameters
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_outer):
-        return None, None, None, *(d_outer * t for t in ctx.saved_tensors)
 
 
 class SecondOrder(torch.autograd.Function):
