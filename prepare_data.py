@@ -4,10 +4,9 @@
     python prepare_data.py PATH --name mine --heldout a,b  # your own folder or file
     python prepare_data.py common_pile --max_tokens 1e9    # a corpus on the Hugging Face hub
     python prepare_data.py --hf NAME --domain_field a.b    # any other one
-    python prepare_data.py --name mine --verify            # check every hash of data/mine
 
 In a folder, each subfolder of text files is a domain, and so is each *.txt, *.jsonl, *.jsonl.gz and
-*.parquet beside them. A subfolder of llm.c's or modded-nanogpt's shards is a domain as it is.
+*.parquet beside them.
 
 data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, count), then uint16 ids, the
 end-of-text id before each document. data/<name>/meta.json describes them and is written last. A run
@@ -35,7 +34,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from tasks import HEADER_INTS, MAGIC, VERSION, open_shard, read_meta
+from tasks import HEADER_INTS, MAGIC, VERSION
 
 SHARD_TOKENS = 100_000_000  # 200 MB a file
 MAX_DOCUMENT = 2**18  # characters; longer ones are cut at line ends, to keep memory flat
@@ -79,12 +78,10 @@ def main(argv=None):
     add("--max_mb", type=float, default=3, help="of text per domain of local")
     add("--max_tokens", type=float, default=0, help="a domain ends after so many; 0: all")
     add("--workers", type=int, default=os.cpu_count(), help="threads that tokenize")
-    add("--hf", help="a dataset on the Hugging Face hub, or a format that datasets reads")
-    add("--data_files", help="with --hf: which files, as a glob")
+    add("--hf", help="a dataset on the Hugging Face hub, or a folder of one")
     add("--domain_field", help="with --hf: the field of a record that names its domain, as a.b")
     add("--text_field", default="text")
     add("--overwrite", action="store_true", help="make the dataset anew")
-    add("--verify", action="store_true", help="check every hash of a dataset; write nothing")
     try:
         run(parser.parse_args(argv))
     except (OSError, KeyboardInterrupt) as error:
@@ -99,27 +96,19 @@ def run(args):
     if source in ROLES and source != args.source:
         raise SystemExit(f"{path} is named like a source that is built in: rename it")
     root = Path(args.data_dir) / (args.name or re.sub(r"\W", "_", source.split(".")[0]))
-    if args.verify:
-        return print_table(verify(root))
-    hub, inputs = HUB.get(source), [args.max_mb, args.text_field, args.data_files]
+    hub, inputs = HUB.get(source), [args.max_mb, args.text_field]
     if args.hf:
         own = "" if args.domain_field else args.hf.split("/")[-1]
         hub = ({own: args.hf}, args.domain_field)
     if hub:
         inputs.append(hub)
-        options = (hub[1], args.text_field, args.data_files)
-        streams = {d: read_hub(d, name, *options) for d, name in hub[0].items()}
+        streams = {d: read_hub(d, name, hub[1], args.text_field) for d, name in hub[0].items()}
     elif source == "local":
         streams = read_local(args.max_mb * 1e6)
     else:
         files = find_files(path)
         inputs += [[d, p.name, p.stat().st_size] for d, paths in files.items() for p in paths]
-        streams = {}
-        for d, paths in files.items():
-            shards = [p for p in paths if p.suffix == ".bin"]
-            if shards and shards != paths:
-                raise SystemExit(f"{d!r} has shards (.bin) and other files: move either away")
-            streams[d] = shards or read_files(d, paths, args.text_field)
+        streams = {d: read_files(d, paths, args.text_field) for d, paths in files.items()}
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"max_tokens": args.max_tokens, "val_share": 0.01 if hub else 0.1}
     command["inputs"] = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -151,27 +140,12 @@ def choose_roles(before: dict[str, str], args) -> dict[str, str]:
     return roles
 
 
-def verify(root: Path) -> dict:
-    if not (root / "meta.json").exists():
-        raise SystemExit(f"no complete dataset at {root}: run the same command without --verify")
-    meta = read_meta(root / "meta.json")
-    for entry in meta["domains"].values():
-        for path, digest in (entry["shards"]["train"] | entry["shards"]["val"]).items():
-            if not len(open_shard(root / path)) or sha256(root / path) != digest:
-                raise SystemExit(f"{root / path} has changed: prepare it again with --overwrite")
-    return meta
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
 def print_table(meta: dict):
     print(f"{'domain':30}{'role':>9}{'documents':>12}{'tokens':>16}{'bytes/token':>13}  skipped")
     for d, entry in sorted(meta["domains"].items()):
-        documents, size, tokens = (sum(entry[u].values()) for u in ("documents", "bytes", "tokens"))
+        documents, tokens = (sum(entry[unit].values()) for unit in ("documents", "tokens"))
         skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(entry["skipped"].items()))
-        row = f"{d:30}{entry['role']:>9}{documents:12,}{tokens:16,}{size / tokens:13.2f}"
+        row = f"{d:30}{entry['role']:>9}{documents:12,}{tokens:16,}{entry['bytes'] / tokens:13.2f}"
         print(f"{row}  {skipped}")
 
 
@@ -227,7 +201,7 @@ def read_files(domain: str, paths: list[Path], text_field: str):
     """Documents are lines of JSON, rows of parquet, or the text between <|endoftext|> lines."""
     for path in paths:
         if path.suffix == ".parquet":
-            yield from read_hub(domain, "parquet", None, text_field, str(path))
+            yield from read_hub(domain, "parquet", None, text_field, data_files=str(path))
             continue
         opened = gzip.open if path.suffix == ".gz" else open
         try:  # surrogateescape: a byte that is not UTF-8 spoils its document, not the whole file
@@ -241,12 +215,12 @@ def read_files(domain: str, paths: list[Path], text_field: str):
             raise SystemExit(f"{path}: {error}: mend it, and use --overwrite") from None
 
 
-def read_hub(domain: str, name: str, field: str | None, text_field: str, data_files):
+def read_hub(domain: str, name: str, field: str | None, text_field: str, **files):
     """The records of a dataset on the Hugging Face hub, streamed."""
     try:
         from datasets import load_dataset
 
-        for record in load_dataset(name, data_files=data_files, split="train", streaming=True):
+        for record in load_dataset(name, split="train", streaming=True, **files):
             found = clean(string_at(field, record) or "") if field else domain
             yield found, string_at(text_field, record)
     except ImportError:
@@ -304,7 +278,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def encode_all(documents, encoding: tiktoken.Encoding, pool: ThreadPoolExecutor):
-    """(domain, hash, ids) in the order of the documents; threads go ahead, for tiktoken is Rust."""
+    """What encode returns, in the order of the documents; threads go ahead: tiktoken is Rust."""
     pending = deque()
     for domain, text in documents:
         long = text is not None and len(text) > MAX_DOCUMENT
@@ -317,17 +291,17 @@ def encode_all(documents, encoding: tiktoken.Encoding, pool: ThreadPoolExecutor)
 
 
 def encode(domain: str, text: str | None, encoding: tiktoken.Encoding) -> tuple:
-    """The domain, a hash of the text (None if malformed) and its ids, an end-of-text id first."""
+    """The domain, a hash of the text (None if malformed), its bytes, its ids after end-of-text."""
     try:
         data = text.encode()
     except (AttributeError, UnicodeEncodeError):  # None, or what surrogateescape let through
-        return domain, None, ()
+        return domain, None, 0, ()
     if encoding.name == "bytes":  # the same ids, a hundred times faster
         ids = np.frombuffer(data, np.uint8)
     else:  # '<|endoftext|>' inside a text is ordinary text
         ids = encoding.encode_to_numpy(text, disallowed_special=())
     number = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-    return domain, number, np.append(encoding.eot_token, ids).astype(np.uint16)
+    return domain, number, len(data), np.append(encoding.eot_token, ids).astype(np.uint16)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,7 +313,7 @@ def prepare(root: Path, command: dict, streams: dict, workers: int) -> dict:
     encoding = get_tokenizer(command["tokenizer"])
     found = [path for path in (root / "meta.json", root / "progress.json") if path.exists()]
     if found:
-        meta = read_meta(found[0])
+        meta = json.loads(found[0].read_bytes())
     elif any(path.suffix != ".tmp" for path in root.glob("*")):
         raise SystemExit(f"{root} holds something else: choose another --name")
     else:
@@ -362,14 +336,7 @@ def prepare(root: Path, command: dict, streams: dict, workers: int) -> dict:
     seen = dict.fromkeys(np.fromfile(hashes, np.uint64).tolist())  # a set that keeps its order
     with ThreadPoolExecutor(workers) as pool:
         for name in [name for name in streams if name not in meta["finished"]]:
-            if isinstance(streams[name], list):  # shards that others have made
-                val = [path for path in streams[name] if "val" in path.name] or streams[name][-1:]
-                train = [path for path in streams[name] if path not in val]
-                if not train:
-                    raise SystemExit(f"{name} has one shard for train and val: give it one more")
-                entries = {name: describe(root, encoding, {"train": train, "val": val})}
-            else:
-                entries = read_stream(root, name, streams[name], seen, encoding, command, pool)
+            entries = read_stream(root, name, streams[name], seen, encoding, command, pool)
             for domain, entry in entries.items():
                 roles = ROLES.get(command["source"], {}).items()
                 named = [role for role, domains in roles if domain in domains.split(",")]
@@ -393,8 +360,9 @@ def read_stream(root: Path, name: str, stream, seen: dict, encoding, command, po
     What is dropped is decided in the order of the stream: threads may run ahead as they like.
     """
     starts, tokens, skipped, full = defaultdict(list), Counter(), defaultdict(Counter), set()
+    sizes = Counter()  # bytes
     left = (document for document in tqdm(stream, name, disable=None) if document[0] not in full)
-    for domain, number, ids in encode_all(left, encoding, pool):
+    for domain, number, size, ids in encode_all(left, encoding, pool):
         if domain in full:
             continue
         if number is None or number in seen:
@@ -406,6 +374,7 @@ def read_stream(root: Path, name: str, stream, seen: dict, encoding, command, po
             file.write(ids)
         starts[domain].append(tokens[domain])
         tokens[domain] += len(ids)
+        sizes[domain] += size
         if tokens[domain] >= (command["max_tokens"] or math.inf):
             full.add(domain)
             if domain == name:
@@ -417,9 +386,14 @@ def read_stream(root: Path, name: str, stream, seen: dict, encoding, command, po
         ids = np.memmap(root / domain / "ids.tmp", np.uint16, "r")
         end = first_of_val(ids, np.array(starts[domain]), encoding, command["val_share"])
         val = ids[end:] if ids[end] == encoding.eot_token else np.append(ids[:1], ids[end:])
-        splits = {"train": write_shards(root / domain / "train", ids[:end])}
-        splits["val"] = write_shards(root / domain / "val", val)
-        entries[domain] = describe(root, encoding, splits) | {"skipped": skipped[domain]}
+        parts = {"train": ids[:end], "val": val}
+        entries[domain] = {
+            "documents": {d: int((part == encoding.eot_token).sum()) for d, part in parts.items()},
+            "tokens": {split: len(part) for split, part in parts.items()},
+            "shards": {split: write_shards(root, domain, split, parts[split]) for split in parts},
+            "bytes": sizes[domain],
+            "skipped": skipped[domain],
+        }
         os.remove(root / domain / "ids.tmp")
     return entries
 
@@ -437,38 +411,17 @@ def first_of_val(ids, starts, encoding: tiktoken.Encoding, share: float) -> int:
     return end
 
 
-def write_shards(stem: Path, ids: np.ndarray) -> list[Path]:
-    paths = []
+def write_shards(root: Path, domain: str, split: str, ids: np.ndarray) -> dict[str, str]:
+    """{path of a shard: its SHA-256}"""
+    hashes = {}
     for start in range(0, len(ids), SHARD_TOKENS):
         part = ids[start : start + SHARD_TOKENS]
         header = np.zeros(HEADER_INTS, np.int32)
         header[:3] = MAGIC, VERSION, len(part)
-        paths.append(Path(f"{stem}_{len(paths):06d}.bin"))
-        write(paths[-1], header, part)
-    return paths
-
-
-def describe(root: Path, encoding: tiktoken.Encoding, splits: dict[str, list[Path]]) -> dict:
-    """A domain's entry in meta.json, read back from its shards, whoever wrote them."""
-    entry = {key: {} for key in ("skipped", "documents", "bytes", "tokens", "shards")}
-    for split, paths in splits.items():
-        counts = np.zeros(2**16, np.int64)  # of each id, in blocks to keep memory flat
-        for path in paths:
-            ids = open_shard(path)
-            for block in np.array_split(ids, len(ids) // 2**20 + 1):
-                counts += np.bincount(block, minlength=2**16)
-            if counts[encoding.n_vocab :].any():
-                remedy = "name its tokenizer with --tokenizer"
-                raise SystemExit(f"{path} has ids that {encoding.name} has not: {remedy}")
-        entry["tokens"][split] = int(counts.sum())
-        entry["documents"][split], counts[encoding.eot_token] = int(counts[encoding.eot_token]), 0
-        used = np.flatnonzero(counts).tolist()
-        sizes = [len(encoding.decode_single_token_bytes(i)) for i in used]
-        entry["bytes"][split] = int(counts[used] @ np.array(sizes, np.int64))
-        entry["shards"][split] = {
-            os.path.relpath(path.resolve(), root.resolve()): sha256(path) for path in paths
-        }
-    return entry
+        path = f"{domain}/{split}_{len(hashes):06d}.bin"
+        write(root / path, header, part)
+        hashes[path] = hashlib.sha256(header.tobytes() + part.tobytes()).hexdigest()
+    return hashes
 
 
 def write(path: Path, *parts):

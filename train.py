@@ -89,21 +89,21 @@ class Config:
             if getattr(self, name) not in known:
                 choices = " or ".join(map(repr, known))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}")
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in vars(self).items():
             least = 1 if name in POSITIVE else 0
             if type(value) in (int, float) and not least <= value < 1e30:
                 raise ValueError(f"{name}={value} must be finite and at least {least}")
-        if self.batch_size % (n := self.inner_steps + 1):
-            what = f"batch_size={self.batch_size} must be a multiple of inner_steps + 1 = {n}"
-            raise ValueError(f"{what}: change either")
+        if self.batch_size % (self.inner_steps + 1):
+            n = self.inner_steps + 1
+            raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
             raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
 
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+POSITIVE = (*SHAPE[:-1], "batch_size", "tasks_per_step", "eval_interval", "eval_passages")
+POSITIVE += ("eval_rows",)
 SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
-POSITIVE = (*SHAPE[:-1], "batch_size", "tasks_per_step")
-POSITIVE += ("eval_interval", "eval_passages", "eval_rows")
 # what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
 KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
 
@@ -132,9 +132,8 @@ def train(given: dict):
     if resumed or cfg.init_from != "scratch":
         ckpt, model = load_checkpoint(out / "ckpt.pt" if resumed else Path(cfg.init_from))
         shape = {name: getattr(model.config, name) for name in SHAPE}
-        if wrong := [name for name in SHAPE if given.get(name, shape[name]) != shape[name]]:
-            has = ", ".join(f"{name}={shape[name]}" for name in wrong)
-            raise ValueError(f"the checkpoint has {has}: leave {', '.join(wrong)} out")
+        if wrong := {k: v for k, v in shape.items() if given.get(k, v) != v}:
+            raise ValueError(f"the checkpoint has the shape {wrong}: leave these fields out")
         cfg = dataclasses.replace(cfg, **shape)
 
     # data and model
@@ -152,14 +151,11 @@ def train(given: dict):
         shape = {name: getattr(cfg, name) for name in SHAPE}
         model = GPT(GPTConfig(vocab_size=-(-ids // 64) * 64, **shape))  # as matrix units like it
     elif model.config.vocab_size < ids:
-        few = f"the checkpoint knows {model.config.vocab_size} ids, {data.root} has {ids}"
-        raise ValueError(f"{few}: use one with the tokenizer of the other")
+        raise ValueError(f"{data.root} has {ids} ids, more than the checkpoint knows: use another")
 
     # learner and optimizer
     learner = make_learner(cfg, model).to(device)
-    ddp = learner
-    if world_size > 1:
-        ddp = DDP(learner, gradient_as_bucket_view=True)
+    ddp = DDP(learner, gradient_as_bucket_view=True) if world_size > 1 else learner
     optimizer = make_optimizer(cfg, learner)
 
     # how far it has come, and what that cost
@@ -186,7 +182,9 @@ def train(given: dict):
     chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
     if rank == 0:
         open_log(out, header, first_step, cfg.resume)
-        print(summary(cfg, header), flush=True)
+        total = count(header, cfg.max_steps, 0)  # the progress bar adds the time it will take
+        print(f"{header['params']:,} parameters on {header['device']}, {cfg.max_steps:,} steps:")
+        print(f"{total['tokens']:,} tokens and {total['flops']:.3g} FLOPs in all", flush=True)
 
     # the loop
     stop_signals, stop = catch_signals(), False
@@ -348,13 +346,15 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{what}: give its path as --init_from and another out_dir")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
-    old = {k: ckpt["config"].get(k) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
-    new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
-    old["learning_rate=0"] = ckpt["config"]["learning_rate"] == 0  # theta is not in the optimizer
-    new["learning_rate=0"] = cfg.learning_rate == 0
+    old, new = identity(ckpt["config"], ckpt["dataset"]["sha256"]), identity(vars(cfg), data.sha256)
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
+
+
+def identity(config: dict, sha256: str) -> dict:
+    frozen = config["learning_rate"] == 0  # theta is not in the optimizer
+    return {k: config[k] for k in KEPT} | {"learning_rate=0": frozen, "data": sha256[:9]}
 
 
 def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: float):
@@ -372,32 +372,23 @@ def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: f
         "before": header["before"],
         "spent": {k: at[k] for k in header["before"]},
     }
-    temporary = out / "ckpt.pt.tmp"
-    try:
-        torch.save(ckpt, temporary)
-        with open(temporary) as file:  # or a power cut may keep the rename and lose the content
-            os.fsync(file.fileno())
-        os.replace(temporary, out / "ckpt.pt")
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        what = f"step {at['step']}: cannot write {out / 'ckpt.pt'} ({str(error)[:99]})"
-        raise SystemExit(f"{what}. The one before is whole: make room and resume") from None
+    with open(out / "ckpt.pt.tmp", "wb") as file:
+        torch.save(ckpt, file)
+        os.fsync(file.fileno())  # or a power cut may keep the rename and lose the content
+    os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")
 
 
 def open_log(out: Path, header: dict, first_step: int, resume: bool):
     """Begins log.jsonl with the run's header, or cuts it back to the checkpoint's step."""
-    path, temporary, rows = out / "log.jsonl", out / "log.jsonl.tmp", [header]
-    if path.exists() and not resume:
-        raise ValueError(f"{out} holds a run: --init_from=resume goes on; or another out_dir")
+    path, rows = out / "log.jsonl", []
     if path.exists():
-        lines = path.read_text().split("\n")[:-1]  # a line cut short has no end
-        rows = [json.loads(line) for line in lines] or rows
-        if rows[0]["config"] | {"resume": True} != header["config"]:
-            rows[0] = header | {"earlier": rows[0]}  # it goes on with other settings
-        kept = [r for r in rows[1:] if r.get("step", -1) < first_step or r["kind"] == "adapt"]
-        rows = [rows[0], *kept]
+        if not resume:
+            raise ValueError(f"{out} holds a run: --init_from=resume goes on; or another out_dir")
+        rows = map(json.loads, path.read_text().split("\n")[:-1])  # a line cut short has no end
+        rows = [r for r in rows if r.get("step", -1) < first_step or r["kind"] == "adapt"]
     out.mkdir(parents=True, exist_ok=True)
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary = out / "log.jsonl.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
     os.replace(temporary, path)
 
 
@@ -512,14 +503,6 @@ def one_line(step: int, losses: dict, roles: dict) -> str:
     return text
 
 
-def summary(cfg: Config, header: dict) -> str:
-    """What is about to happen; the progress bar adds the time it will take."""
-    total = count(header, cfg.max_steps, 0)
-    return f"""{header["params"]:,} parameters on {header["device"]}
-{cfg.tasks_per_step} {cfg.tasks} x {cfg.batch_size} rows a step, {cfg.inner_steps} inner steps
-{cfg.max_steps:,} steps: {total["tokens"]:,} tokens and {total["flops"]:.3g} FLOPs in all"""
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, like any other mistake
         raise ValueError(message)
@@ -531,32 +514,28 @@ def read_arguments(argv: list[str]) -> dict:
     ValueError names a wrong type, and the nearest name of a key that does not exist.
     """
     about = "What a flag means is said beside its default, in Config at the top of train.py."
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, epilog=about, formatter_class=raw, allow_abbrev=False)
+    usage = "%(prog)s [config/x.py] [--key=value ...]"
+    parser = Parser(usage=usage, description=about, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         kind = boolean if field.type is bool else field.type
-        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar="")
-    files, assigned = [a for a in argv if not a.startswith("-")], []
-    for path in files:
-        if not Path(path).is_file():
-            raise ValueError(f"no config file {path}; flags are written --key=value")
-        try:
-            values = runpy.run_path(path)  # in a namespace of its own
-        except Exception as error:
-            raise ValueError(f"{path} does not run: {type(error).__name__}: {error}") from error
-        plain = {k: v for k, v in values.items() if k[0] != "_" and not isinstance(v, ModuleType)}
-        assigned += [f"--{name}={value}" for name, value in plain.items()]
-    flags = assigned + [a for a in argv if a not in files]
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=field.default
+        )
+    flags = []
+    for path in [argument for argument in argv if not argument.startswith("-")]:
+        for name, value in runpy.run_path(path).items():  # in a namespace of its own
+            if name[0] != "_" and not isinstance(value, ModuleType):
+                flags.append(f"--{name}={value}")
+    flags += [argument for argument in argv if argument.startswith("-")]
+    # to resume leaves what the run began from on record
+    flags = ["--resume=true" if flag == "--init_from=resume" else flag for flag in flags]
     known, unknown = parser.parse_known_args(flags)
-    given = vars(known)
     for flag in unknown:
         name = flag.lstrip("-").partition("=")[0]
         near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(Config)], 1)
         hint = f"did you mean --{near[0]}?" if near else "python train.py --help lists them"
         raise ValueError(f"there is no {flag}: {hint}")
-    if given.get("init_from") == "resume":  # and what the run began from stays on record
-        return read_arguments([f for f in flags if f != "--init_from=resume"]) | {"resume": True}
-    return given
+    return vars(known)
 
 
 def boolean(text: str) -> bool:
