@@ -123,7 +123,8 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
     if "adamw" in options:
         options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
     curves = {}  # by (rule, domain): (R,)
-    at = {"kind": "adapt", "step": ckpt["step"], **ckpt["spent"], "dataset": data.root.name}
+    at = {"kind": "adapt", "dataset": data.root.name}
+    at |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
     for rule, chosen in options.items():
         for domain, xy in passages.items():
             losses, _ = read(model, ckpt, rule, *xy, **chosen)  # (P, R)
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None):
         if args.tokens < 1 or args.passages < 1 or (args.save and not args.text):
             raise ValueError("--tokens and --passages must be positive, and --save needs --text")
         adapt = adapt_to_text if args.text else adapt_to_domains
-        if not args.text and "spent" not in ckpt:
+        if not args.text and "tokens" not in ckpt:
             raise ValueError(f"{path} does not say what it was trained on: give a --text to read")
         adapt(args, path, model.to(device), ckpt, device)
     except (ValueError, OSError) as error:

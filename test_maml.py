@@ -175,13 +175,13 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 def at_step(monkeypatch):
     """at_step(n, action): something happens when a later run begins the step n."""
 
-    def at_step(n, action, count=train.count):
-        def counting(header, step, seconds):
+    def at_step(n, action, lr_factor=train.lr_factor):
+        def acting(cfg, step):
             if step == n:
                 action()
-            return count(header, step, seconds)
+            return lr_factor(cfg, step)
 
-        monkeypatch.setattr(train, "count", counting)
+        monkeypatch.setattr(train, "lr_factor", acting)
 
     return at_step
 
@@ -838,7 +838,7 @@ def test_a_run_that_begins_from_a_checkpoint_counts_what_that_cost(pretrain):
     first, *_, last = log_of(out)["val"]
     assert (first["step"], first["tokens"], first["flops"]) == (0, at["tokens"], at["flops"])
     assert last["tokens"] == 2 * at["tokens"] == 2 * 6 * 4 * 4 * 16
-    assert rows_of(out)[1]["seconds"] == checkpoint_of(base)["spent"]["seconds"] > 0
+    assert rows_of(out)[1]["seconds"] == checkpoint_of(base)["seconds"] > 0
     pretrain("more", init_from="resume", max_steps=9)
     assert log_of(out)["val"][-1]["tokens"] == (6 + 9) * 4 * 4 * 16
 
@@ -955,7 +955,7 @@ def test_resuming_as_something_else_is_refused_and_no_code_in_a_checkpoint_runs(
         "'n_embd': 16": {"n_embd": 32},
         "set max_steps to that": {"max_steps": 0},
         "learn_inner_lr=element": {"learn_inner_lr": "no"},
-        "batch_size=4": {"batch_size": 8},  # the log counts the tokens of all steps by it
+        "inner_steps=1": {"inner_steps": 3},
         "nesterov=False": {"nesterov": True},
     }.items():
         with refused(match=remedy):
@@ -991,10 +991,11 @@ def test_an_earlier_run_is_not_overwritten_and_one_without_a_checkpoint_begins_a
     assert log_of(pretrain(max_steps=1, init_from="resume")) == log
 
 
-def test_a_run_goes_on_at_the_rates_that_are_asked_for_and_its_log_says_so(pretrain):
+def test_a_run_goes_on_as_it_is_asked_for_and_its_log_says_so(pretrain):
     pretrain(max_steps=3)
-    out = pretrain(init_from="resume", learning_rate=0.5, warmup_steps=0)
+    out = pretrain(init_from="resume", learning_rate=0.5, warmup_steps=0, batch_size=8)
     assert checkpoint_of(out)["optimizer"]["param_groups"][0]["peak_lr"] == 0.5
+    assert checkpoint_of(out)["tokens"] == 3 * 4 * 4 * 16 + 3 * 4 * 8 * 16
     headers = [row["config"]["learning_rate"] for row in rows_of(out) if row["kind"] == "run"]
     assert headers == [0.5, 1e-3] and rows_of(out)[0]["kind"] == "run"
 

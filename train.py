@@ -104,8 +104,7 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 POSITIVE = (*SHAPE[:-1], "batch_size", "tasks_per_step", "eval_interval", "eval_passages")
 POSITIVE += ("eval_rows",)
 SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
-# what the log counts tokens and FLOPs by, or what shapes the optimizer's state: a run keeps it
-KEPT = ("batch_size", "tasks_per_step", "inner_steps", "first_order", "learn_inner_lr", "nesterov")
+KEPT = ("inner_steps", "learn_inner_lr", "nesterov")  # by a run that goes on, with its optimizer
 
 # --------------------------------------------------------------------------------------------------
 # the run
@@ -159,14 +158,14 @@ def train(given: dict):
     optimizer = make_optimizer(cfg, learner)
 
     # how far it has come, and what that cost
-    first_step, seconds, before = 0, 0.0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+    first_step, spent = 0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+    if ckpt:  # what the checkpoint cost is part of this run's cost
+        spent = {unit: ckpt.get(unit, spent[unit]) for unit in spent}
     if resumed:
         check_same_run(ckpt, cfg, data)
         groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now
         optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
-        first_step, seconds, before = ckpt["step"], ckpt["seconds"], ckpt["before"]
-    elif ckpt:
-        before = ckpt.get("spent", before)  # what the checkpoint cost is part of this run's cost
+        first_step = ckpt["step"]
     if ckpt and ckpt.get("config", {}).get("inner_optimizer") == cfg.inner_optimizer:
         load_rates(learner, ckpt["learner"])  # another optimizer's rates mean something else
     if world_size > 1:  # file systems that lag may show the ranks different checkpoints
@@ -174,7 +173,7 @@ def train(given: dict):
         dist.all_gather_object(seen, (first_step, data.sha256))
         if len(set(seen)) > 1:
             raise ValueError(f"the processes begin at different steps or data: {seen}: start again")
-    header = make_header(cfg, data, model, before, device, world_size)
+    header = make_header(cfg, data, model, device, world_size)
     if ckpt:  # no text that the checkpoint was trained on may count as unseen
         earlier = ckpt.get("dataset", {}).get("trained", [])
         header["dataset"]["trained"] = sorted({*header["dataset"]["trained"], *earlier})
@@ -182,9 +181,9 @@ def train(given: dict):
     chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
     if rank == 0:
         open_log(out, header, first_step, cfg.resume)
-        total = count(header, cfg.max_steps, 0)  # the progress bar adds the time it will take
-        print(f"{header['params']:,} parameters on {header['device']}, {cfg.max_steps:,} steps:")
-        print(f"{total['tokens']:,} tokens and {total['flops']:.3g} FLOPs in all", flush=True)
+        tokens = spent["tokens"] + (cfg.max_steps - first_step) * header["tokens_per_step"]
+        print(f"{header['params']:,} parameters on {header['device']}")
+        print(f"{cfg.max_steps:,} steps, to {tokens:,} tokens in all", flush=True)
 
     # the loop
     stop_signals, stop = catch_signals(), False
@@ -194,16 +193,16 @@ def train(given: dict):
     silent = True if rank else None  # None: no bar where the output is no terminal
     bar = tqdm(total=cfg.max_steps, initial=first_step, unit="step", disable=silent)
     for step in range(first_step, cfg.max_steps + 1):
-        at, last = count(header, step, seconds), step == cfg.max_steps
+        last = step == cfg.max_steps
         if (step % cfg.eval_interval == 0 or last) and not stop:
             losses = evaluate(learner, val, unseen, chunk, rank, world_size)
             check_finite(step, sum(sum(table.values()) for table in losses.values()))
             if rank == 0:
-                save(out, at, learner, optimizer, header, seconds)
-                append_row(out, {"kind": "val", **at, **losses})
+                save(out, step, spent, learner, optimizer, header)
+                append_row(out, {"kind": "val", "step": step, **spent, **losses})
                 bar.write(one_line(step, losses, data.roles))
         elif stop and rank == 0:
-            save(out, at, learner, optimizer, header, seconds)
+            save(out, step, spent, learner, optimizer, header)
         if last or stop:
             break
 
@@ -229,9 +228,12 @@ def train(given: dict):
         optimizer.step()
         learner.zero_grad()
         took = time.perf_counter() - began
-        seconds += took
         if rank == 0 and step % 10 == 0:
-            append_row(out, {"kind": "train", **at, "loss": loss, "grad_norm": grad_norm})
+            row = {"kind": "train", "step": step, **spent, "loss": loss, "grad_norm": grad_norm}
+            append_row(out, row)
+        spent["tokens"] += header["tokens_per_step"]
+        spent["flops"] += header["flops_per_step"]
+        spent["seconds"] = round(spent["seconds"] + took, 4)
         flops = header["flops_per_step"] / took / world_size / 1e12
         speed = f"{header['tokens_per_step'] / took:,.0f} tokens/s, {flops:.3g} TFLOP/s"
         bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
@@ -340,10 +342,7 @@ def load_rates(learner: MAML, saved: dict):
 
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
-    """A run resumes as what it was, or its log would not add up."""
-    if missing := {"config", "optimizer", "learner", "before"} - ckpt.keys():
-        what = f"the checkpoint in {cfg.out_dir} has no {', '.join(sorted(missing))}"
-        raise ValueError(f"{what}: give its path as --init_from and another out_dir")
+    """A run goes on with the data and the kind of optimizer that it had."""
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
     old, new = identity(ckpt["config"], ckpt["dataset"]["sha256"]), identity(vars(cfg), data.sha256)
@@ -357,7 +356,7 @@ def identity(config: dict, sha256: str) -> dict:
     return {k: config[k] for k in KEPT} | {"learning_rate=0": frozen, "data": sha256[:9]}
 
 
-def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: float):
+def save(out: Path, step: int, spent: dict, learner: MAML, optimizer, header: dict):
     """ckpt.pt, atomically: written beside it and renamed, so that there is always a whole one."""
     rates = {k: v for k, v in learner.state_dict().items() if k.startswith("log_inner_lr")}
     ckpt = {
@@ -367,10 +366,8 @@ def save(out: Path, at: dict, learner: MAML, optimizer, header: dict, seconds: f
         "optimizer": optimizer.state_dict(),
         "config": header["config"],
         "dataset": header["dataset"],
-        "step": at["step"],
-        "seconds": seconds,
-        "before": header["before"],
-        "spent": {k: at[k] for k in header["before"]},
+        "step": step,
+        **spent,
     }
     with open(out / "ckpt.pt.tmp", "wb") as file:
         torch.save(ckpt, file)
@@ -397,7 +394,7 @@ def append_row(out: Path, row: dict):
         file.write(json.dumps(row) + "\n")
 
 
-def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, world_size) -> dict:
+def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size) -> dict:
     """The log's first row: what is needed to make the run again and to read its log."""
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # by a shell: it may be absent
     how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
@@ -416,7 +413,6 @@ def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, wo
         "params": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": tokens,
         "flops_per_step": forwards * tokens * model.flops_per_token(cfg.block_size),
-        "before": before,
         "dataset": {
             "name": cfg.dataset,
             "tokenizer": data.meta["tokenizer"],
@@ -424,17 +420,6 @@ def make_header(cfg: Config, data: Dataset, model: GPT, before: dict, device, wo
             "sha256": data.sha256,
             "trained": sorted(h for shards in data.trained.values() for h in shards.values()),
         },
-    }
-
-
-def count(header: dict, step: int, seconds: float) -> dict:
-    """What a run has cost at a step, the checkpoint that it began from included."""
-    before = header["before"]
-    return {
-        "step": step,
-        "tokens": before["tokens"] + step * header["tokens_per_step"],
-        "flops": before["flops"] + step * header["flops_per_step"],
-        "seconds": round(before["seconds"] + seconds, 3),
     }
 
 
