@@ -16,27 +16,19 @@ counts once, before it was learned. Three rules of learning, for every checkpoin
 import argparse
 import dataclasses
 import json
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import train
 from maml import MAML, adamw
 from model import GPT
 from plot import fewer_examples
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
-from train import (
-    Config,
-    append_row,
-    load_checkpoint,
-    load_rates,
-    make_learner,
-    pick_device,
-    read_passages,
-)
 
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the search for AdamW's best
@@ -47,9 +39,9 @@ START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the searc
 
 def own_learner(model: GPT, ckpt: dict) -> tuple[MAML, int]:
     """The inner loop that the checkpoint was trained with, its learned rates, its rows a chunk."""
-    cfg = dataclasses.replace(Config(**ckpt["config"]), compile=False, dtype="float32")
-    learner = make_learner(cfg, model)
-    load_rates(learner, ckpt["learner"])
+    cfg = dataclasses.replace(train.Config(**ckpt["config"]), compile=False, dtype="float32")
+    learner = train.make_learner(cfg, model)
+    train.load_rates(learner, ckpt["learner"])
     return learner, cfg.batch_size // (cfg.inner_steps + 1)
 
 
@@ -73,18 +65,17 @@ def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
         learner, chunk = own_learner(model, ckpt)
     else:
         learner, chunk = adamw_learner(model, **options), 1
-    losses, phi = read_passages(learner.to(x.device), x, y, chunk, steps)
+    losses, phi = train.read_passages(learner.to(x.device), x, y, chunk, steps)
     return losses.cpu().numpy(), phi
 
 
 def best_adamw(measure) -> dict:
     """Options of AdamW from which no single change lowers `measure`, a loss; hill climbing."""
-    tried = {}
 
-    def loss(options):
-        key = tuple(options.values())
-        tried[key] = tried[key] if key in tried else measure(options)
-        return tried[key] if np.isfinite(tried[key]) else np.inf
+    @cache
+    def loss(**options):
+        found = measure(options)
+        return found if np.isfinite(found) else np.inf
 
     best, moved = START, True
     while moved:
@@ -94,7 +85,7 @@ def best_adamw(measure) -> dict:
             changes += [{"steps": 2 * steps, "lr": lr / 2}, {"steps": 2 * steps}]
         beta2 = 0.99 if best["beta2"] == 0.95 else 0.95
         changes += [{"frozen": not best["frozen"]}, {"beta2": beta2}]
-        better = next((best | c for c in changes if loss(best | c) < loss(best)), None)
+        better = next((best | c for c in changes if loss(**best | c) < loss(**best)), None)
         best, moved = better or best, better is not None
     print(f"adamw with {best} reads the tune domains best")
     return best
@@ -133,7 +124,7 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
             row |= {"loss": losses.mean(0, dtype=float).round(4).tolist()}
             row |= {"by_passage": losses.mean(1, dtype=float).round(4).tolist()}
             if path.name == "ckpt.pt":  # another checkpoint is not the run's result
-                append_row(path.parent, at | row)
+                train.append_row(path.parent, at | row)
             curves[rule, domain] = np.array(row["loss"])
     for domain, (x, _) in passages.items():
         table(domain, {rule: curves[rule, domain] for rule in options}, T, len(x))
@@ -141,7 +132,8 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
     if len(heldout) > 1:
         P = sum(len(passages[d][0]) for d in heldout)
         table("mean of " + ", ".join(heldout), mean, T, P)
-    print_fewer_examples(mean, T)
+    if tune or options.get("adamw") is not START:
+        print_fewer_examples(mean, T)
 
 
 def unseen_passages(data: Dataset, ckpt: dict, args, device) -> dict:
@@ -202,7 +194,8 @@ def chosen_adamw(log: Path) -> dict:
     """What adapting this run to its tune domains chose, or where that search begins."""
     lines = log.read_text().splitlines() if log.is_file() else []
     rows = [json.loads(line) for line in lines]
-    chosen = [row["options"] for row in rows if row.get("rule") == "adamw"]
+    rows = [row for row in rows if row.get("rule") == "adamw" and row["role"] == "tune"]
+    chosen = [row["options"] for row in rows]
     if not chosen:
         print("adamw is not tuned: adapt this run to a dataset with tune domains first")
     return chosen[-1] if chosen else START
@@ -259,8 +252,8 @@ def main(argv: list[str] | None = None):
     try:
         path = Path(args.run)
         path = path if path.suffix == ".pt" else path / "ckpt.pt"
-        ckpt, model = load_checkpoint(path)
-        device = pick_device(args.device)
+        ckpt, model = train.load_checkpoint(path)
+        device = train.pick_device(args.device)
         if unknown := set(args.rules or []) - set(rules_of(ckpt)):
             raise ValueError(f"{path} has no inner loop of its own: leave {min(unknown)!r} out")
         if args.tokens < 1 or args.passages < 1 or (args.save and not args.text):

@@ -1,7 +1,7 @@
 """Speed and memory of the learner, as ratios to plain training measured in one run.
 
     python bench.py --compile=True        # a small model, compiled: minutes
-    python bench.py config/maml_124m.py   # a config's model, chunk, dtype, device; any --key=value
+    python bench.py config/maml_124m.py   # a config's fields; any --key=value
 
 A step learns K + 1 chunks, then calls optimizer.step(). Each case is timed beside plain training on
 the same chunks: A B A B. The first row, plain training beside itself, shows the noise. 'per token'
@@ -66,8 +66,7 @@ def make_step(cfg: Config, model: GPT, inner_steps: int, first_order=False, lear
     how = {name: getattr(cfg, name) for name in ("inner_lr", "inner_optimizer", "inner_clip")}
     how |= dict(first_order=first_order, learn_inner_lr=learn_inner_lr, compile=cfg.compile)
     how["autocast"] = torch.bfloat16 if cfg.dtype == "bfloat16" else None
-    with model.lm_head.weight.device:  # where the rates go too
-        learner = MAML(model, inner_steps, **how)
+    learner = MAML(model, inner_steps, **how)
     optimizer = make_optimizer(cfg, learner)
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # the learners share the model, so nobody may change it

@@ -79,8 +79,9 @@ def adamw(phi: Tensors, g: Tensors, rates: Tensors, state, beta1=0.9, beta2=0.95
     m, v, t = state[0], state[1], state[2] + 1
     m = {n: beta1 * m[n] + (1 - beta1) * g[n] for n in g}
     v = {n: beta2 * v[n] + (1 - beta2) * g[n] * g[n] for n in g}
-    root = {n: (v[n] / (1 - beta2**t) + 1e-16).sqrt() + 1e-8 for n in g}  # 1e-16: for g = 0
-    phi = {n: p - rates[n] * (m[n] / (1 - beta1**t)) / root[n] for n, p in phi.items()}
+    ones_m, ones_v = 1 - beta1**t, 1 - beta2**t  # what they are for gradients of 1
+    root = {n: (v[n] / ones_v + 1e-16).sqrt() + 1e-8 for n in g}  # 1e-16: a derivative at g = 0
+    phi = {n: p - rates[n] * (m[n] / ones_m) / root[n] for n, p in phi.items()}
     return phi, (m, v, t)
 
 
@@ -102,7 +103,8 @@ def zeros_like(tree: Tensors) -> Tensors:
 
 
 def new_tensor(like: Tensors, value) -> torch.Tensor:
-    return next(iter(like.values())).new_tensor(value)
+    p = next(iter(like.values()))
+    return torch.tensor(value, dtype=p.dtype).to(p.device, non_blocking=True)  # waits for no GPU
 
 
 UPDATES = {"sgd": (sgd, lambda phi: ()), "adamw": (adamw, adamw_start)}
@@ -157,8 +159,8 @@ class MAML(nn.Module):
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
         self.log_inner_lr = nn.ParameterList()
         if (shape_of := choose(RATE_SHAPES, learn_inner_lr)) and inner_steps:
-            shapes = [shape_of(p) for p in self.theta().values()]
-            self.log_inner_lr.extend(torch.full(shape, math.log(inner_lr)) for shape in shapes)
+            theta = self.theta().values()
+            self.log_inner_lr.extend(p.new_full(shape_of(p), math.log(inner_lr)) for p in theta)
         # Whole functions are compiled: a compiled loss under an eager grad would run uncompiled.
         whole = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda f: f
         self.compiled_loss = whole(self.loss)

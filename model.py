@@ -106,8 +106,7 @@ class GPT(nn.Module):
         """
         c = self.config
         linear = 2 * (12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd)
-        attention = 4 * c.n_layer * c.n_embd * T
-        return linear + attention
+        return linear + 4 * c.n_layer * c.n_embd * T  # attention
 
 
 class Block(nn.Module):

@@ -125,7 +125,8 @@ def print_table(lines: list, methods: dict):
     for name, rule, _, curves in lines:
         means = curves.mean(1)
         spread = f" ± {means.std(ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""
-        tokens = max(row["tokens"] for row in methods[name][0] if row["kind"] == "val") / 1e6
+        read = [row["tokens"] for row in methods[name][0] if row.get("rule") == rule]
+        tokens = max(read) / 1e6
         label = f"{name}, {WORDS[rule]}"
         print(f"  {label:36}{means.mean():.3f}{spread}  after {tokens:.1f}M training tokens")
     name, rule, _, curves = lines[-1]

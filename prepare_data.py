@@ -10,7 +10,8 @@ In a folder, each subfolder of text files is a domain, and so is each *.txt, *.j
 
 data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, count), then uint16 ids, the
 end-of-text id before each document. data/<name>/meta.json describes them and is written last. A run
-that was killed goes on when the same command is given again, with the domain that was not finished.
+that was killed goes on when the same command is given again, with the folder, file or dataset that
+was not finished.
 """
 
 import argparse
@@ -45,11 +46,6 @@ cccc data_provenance_initiative doab foodista github_archive library_of_congress
 oercommons peS2o pre_1929_books pressbooks project_gutenberg public_domain_review pubmed
 python_enhancement_proposals regulations stackexchange stackv2_edu stackv2_html ubuntu_irc
 uk_hansard usgpo uspto wikimedia wikiteam youtube"""
-HUB = {  # {domain: dataset}, or {"": dataset} and the field of a record that names its domain
-    "common_pile": ({d: f"common-pile/{d}_filtered" for d in COMMON_PILE.split()}, None),
-    "slimpajama": ({"": "DKYoon/SlimPajama-6B"}, "meta.redpajama_set_name"),
-    "pile_uncopyrighted": ({"": "monology/pile-uncopyrighted"}, "meta.pile_set_name"),
-}
 LOCAL = {"torch": "torch_code", "sympy": "sympy_code"}  # the domain of an installed package's code
 LOCAL |= dict.fromkeys(("numpy", "matplotlib", "networkx", "mpmath", "PIL"), "science_code")
 # Held out is what no other domain resembles: adapting to it is learning and not remembering.
@@ -57,8 +53,6 @@ LOCAL |= dict.fromkeys(("numpy", "matplotlib", "networkx", "mpmath", "PIL"), "sc
 ROLES = {
     "local": {"heldout": "cpp_headers,python_docs", "tune": "type_stubs"},
     "common_pile": {"heldout": "ubuntu_irc,uspto,foodista", "tune": "uk_hansard"},
-    "slimpajama": {"heldout": "RedPajamaGithub,RedPajamaArXiv", "tune": "RedPajamaStackExchange"},
-    "pile_uncopyrighted": {"heldout": "DM Mathematics,EuroParl,FreeLaw", "tune": "Ubuntu IRC"},
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -95,14 +89,16 @@ def run(args):
     source = args.hf or path.name
     if source in ROLES and source != args.source:
         raise SystemExit(f"{path} is named like a source that is built in: rename it")
-    root = Path(args.data_dir) / (args.name or re.sub(r"\W", "_", source.split(".")[0]))
-    hub, inputs = HUB.get(source), [args.max_mb, args.text_field]
+    name = args.name or re.sub(r"\W", "_", Path(source).name.split(".")[0])
+    root, hub, inputs = Path(args.data_dir, name), {}, [args.max_mb, args.text_field]
     if args.hf:
-        own = "" if args.domain_field else args.hf.split("/")[-1]
-        hub = ({own: args.hf}, args.domain_field)
+        hub = {"" if args.domain_field else clean(Path(args.hf).name): args.hf}
+    elif source == "common_pile":
+        hub = {d: f"common-pile/{d}_filtered" for d in COMMON_PILE.split()}
     if hub:
-        inputs.append(hub)
-        streams = {d: read_hub(d, name, hub[1], args.text_field) for d, name in hub[0].items()}
+        inputs += [hub, args.domain_field]
+        options = args.domain_field, args.text_field
+        streams = {d: read_hub(d, dataset, *options) for d, dataset in hub.items()}
     elif source == "local":
         streams = read_local(args.max_mb * 1e6)
     else:
@@ -384,11 +380,13 @@ def read_stream(root: Path, name: str, stream, seen: dict, encoding, command, po
     entries = {}
     for domain in starts:
         ids = np.memmap(root / domain / "ids.tmp", np.uint16, "r")
-        end = first_of_val(ids, np.array(starts[domain]), encoding, command["val_share"])
-        val = ids[end:] if ids[end] == encoding.eot_token else np.append(ids[:1], ids[end:])
+        begins = np.array(starts[domain])
+        end = first_of_val(ids, begins, encoding, command["val_share"])
+        before, whole = int((begins < end).sum()), ids[end] == encoding.eot_token
+        val = ids[end:] if whole else np.append(ids[:1], ids[end:])  # the rest of a document
         parts = {"train": ids[:end], "val": val}
         entries[domain] = {
-            "documents": {d: int((part == encoding.eot_token).sum()) for d, part in parts.items()},
+            "documents": {"train": before, "val": len(begins) - before + (not whole)},
             "tokens": {split: len(part) for split, part in parts.items()},
             "shards": {split: write_shards(root, domain, split, parts[split]) for split in parts},
             "bytes": sizes[domain],
@@ -420,7 +418,7 @@ def write_shards(root: Path, domain: str, split: str, ids: np.ndarray) -> dict[s
         header[:3] = MAGIC, VERSION, len(part)
         path = f"{domain}/{split}_{len(hashes):06d}.bin"
         write(root / path, header, part)
-        hashes[path] = hashlib.sha256(header.tobytes() + part.tobytes()).hexdigest()
+        hashes[path] = hashlib.sha256(np.memmap(root / path, mode="r")).hexdigest()
     return hashes
 
 

@@ -104,7 +104,7 @@ SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 POSITIVE = (*SHAPE[:-1], "batch_size", "tasks_per_step", "eval_interval", "eval_passages")
 POSITIVE += ("eval_rows",)
 SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
-KEPT = ("inner_steps", "learn_inner_lr", "nesterov")  # by a run that goes on, with its optimizer
+KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # by a run that goes on
 
 # --------------------------------------------------------------------------------------------------
 # the run
@@ -149,8 +149,9 @@ def train(given: dict):
     if model is None:
         shape = {name: getattr(cfg, name) for name in SHAPE}
         model = GPT(GPTConfig(vocab_size=-(-ids // 64) * 64, **shape))  # as matrix units like it
-    elif model.config.vocab_size < ids:
-        raise ValueError(f"{data.root} has {ids} ids, more than the checkpoint knows: use another")
+    tokenizer = (ckpt or {}).get("dataset", data.meta)["tokenizer"]  # nanoGPT does not name its own
+    if tokenizer != data.meta["tokenizer"] or model.config.vocab_size < ids:
+        raise ValueError(f"{data.root} has other tokens than the checkpoint: prepare it alike")
 
     # learner and optimizer
     learner = make_learner(cfg, model).to(device)
@@ -264,8 +265,8 @@ def make_learner(cfg: Config, model: GPT) -> MAML:
 
 
 def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
-    """AdamW over theta, unless learning_rate=0 leaves it as it is, and over the learned rates."""
-    groups = learner.model.parameter_groups(cfg.weight_decay) if cfg.learning_rate else []
+    """AdamW over theta, which learning_rate=0 leaves as it is, and over the learned rates."""
+    groups = learner.model.parameter_groups(cfg.weight_decay)
     groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
     if rates := [*learner.log_inner_lr]:
         groups.append({"params": rates, "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
@@ -343,17 +344,15 @@ def load_rates(learner: MAML, saved: dict):
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
     """A run goes on with the data and the kind of optimizer that it had."""
+    if {"step", "optimizer"} - ckpt.keys():
+        raise ValueError(f"{cfg.out_dir} has no run of train.py: give its ckpt.pt as --init_from")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
-    old, new = identity(ckpt["config"], ckpt["dataset"]["sha256"]), identity(vars(cfg), data.sha256)
+    old = {k: ckpt["config"][k] for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
+    new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
-
-
-def identity(config: dict, sha256: str) -> dict:
-    frozen = config["learning_rate"] == 0  # theta is not in the optimizer
-    return {k: config[k] for k in KEPT} | {"learning_rate=0": frozen, "data": sha256[:9]}
 
 
 def save(out: Path, step: int, spent: dict, learner: MAML, optimizer, header: dict):
@@ -376,7 +375,7 @@ def save(out: Path, step: int, spent: dict, learner: MAML, optimizer, header: di
 
 
 def open_log(out: Path, header: dict, first_step: int, resume: bool):
-    """Begins log.jsonl with the run's header, or cuts it back to the checkpoint's step."""
+    """Begins log.jsonl with the run's header; of an earlier one, rows before first_step stay."""
     path, rows = out / "log.jsonl", []
     if path.exists():
         if not resume:
@@ -500,14 +499,15 @@ def read_arguments(argv: list[str]) -> dict:
     """
     about = "What a flag means is said beside its default, in Config at the top of train.py."
     usage = "%(prog)s [config/x.py] [--key=value ...]"
-    parser = Parser(usage=usage, description=about, allow_abbrev=False)
+    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = Parser(usage=usage, description=about, **how)
     for field in dataclasses.fields(Config):
         kind = boolean if field.type is bool else field.type
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=field.default
-        )
+        parser.add_argument(f"--{field.name}", type=kind, metavar=field.default)
     flags = []
     for path in [argument for argument in argv if not argument.startswith("-")]:
+        if not Path(path).is_file():
+            raise ValueError(f"no config file {path}; flags are written --key=value")
         for name, value in runpy.run_path(path).items():  # in a namespace of its own
             if name[0] != "_" and not isinstance(value, ModuleType):
                 flags.append(f"--{name}={value}")
