@@ -189,6 +189,16 @@ class MAML(nn.Module):
             return {n: t.exp() for n, t in log_lr.items()}
         return dict.fromkeys(self.names, new_tensor(self.theta(), self.inner_lr))
 
+    @torch.no_grad()
+    def bound_rates(self):
+        """To be called after each outer step: rates stay within a factor of 150 of inner_lr.
+
+        An element whose gradient is seldom other than zero may be pushed one way for ever. Then
+        comes a text where it is not zero, and phi is thrown far off.
+        """
+        for rate in self.log_inner_lr:
+            rate.clamp_(math.log(self.inner_lr / 150), math.log(self.inner_lr * 150))
+
     def plan(self, x, y) -> list[tuple]:
         """(x_j, y_j, weight in the outer loss, factor of the rates) for each chunk of a task."""
         n = self.inner_steps + 1

@@ -822,6 +822,13 @@ def test_learning_the_rates_alone_leaves_theta_bitwise_as_it_was(pretrain):
         pretrain("nothing", learning_rate=0, **PLAIN)
 
 
+def test_learned_rates_stay_within_a_factor_of_inner_lr(pretrain):
+    out = pretrain(inner_lr_lr=100.0)
+    rates = torch.cat([rate.flatten() for rate in checkpoint_of(out)["learner"].values()]).exp()
+    assert rates.max().item() == pytest.approx(0.02 * 150, 1e-4)
+    assert rates.min().item() == pytest.approx(0.02 / 150, 1e-4)
+
+
 def test_rates_of_elements_begin_with_those_of_their_tensors(pretrain):
     tensor = pretrain("tensor", learn_inner_lr="tensor", inner_lr_lr=0.1)
     element = pretrain("element", init_from=tensor / "ckpt.pt", max_steps=0)

@@ -227,6 +227,7 @@ def train(given: dict):
         loss /= world_size
         check_finite(step, loss + grad_norm)
         optimizer.step()
+        learner.bound_rates()
         learner.zero_grad()
         took = time.perf_counter() - began
         if rank == 0 and step % 10 == 0:
