@@ -21,7 +21,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that learned rates")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/rates.png"))
     args = parser.parse_args(argv)
-    figure = Figure(figsize=(5 * len(args.runs) + 2, 7), layout="constrained", dpi=110)
+    figure = Figure(figsize=(5 * len(args.runs) + 2, 7), layout="constrained", dpi=80)
     panels = figure.subplots(1, len(args.runs), sharex=True, sharey=True, squeeze=False)[0]
     for axes, run in zip(panels, args.runs, strict=True):
         ckpt, model = load_checkpoint(run / "ckpt.pt")

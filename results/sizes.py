@@ -25,7 +25,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logs = [(path.stem.split("_")[0], read_log(path)) for path in args.logs]
     datasets = {row["dataset"]: 0 for _, rows in logs for row in rows if row["kind"] == "adapt"}
-    figure = Figure(figsize=(6 * len(datasets), 4.5), layout="constrained", dpi=90)
+    figure = Figure(figsize=(6 * len(datasets), 4.5), layout="constrained", dpi=80)
     panels = figure.subplots(1, len(datasets), squeeze=False)[0]
     for axes, dataset in zip(panels, datasets, strict=True):
         for i, (method, rule) in enumerate(LINES):
@@ -36,7 +36,10 @@ def main(argv=None):
             print(f"{dataset}, {method}, {WORDS[rule]}:", *(f"{n:,}: {v:.3f}" for n, v in points))
             label = f"{method}, {WORDS[rule]}"
             axes.plot(x, y, "o" + STYLES[rule], color=f"C{max(0, i - 1)}", label=label)
-        axes.set(title=dataset, xscale="log", xlabel="parameters", ylabel="nats per token read")
+        axes.set(title=f"{dataset}: held-out domains", xscale="log", xlabel="parameters")
+        axes.set(ylabel="nats per token, learned as it is read")
+        axes.set_xticks(x, [f"{n / 1e6:.2g}M" for n in x])
+        axes.minorticks_off()
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(args.output)
