@@ -739,6 +739,13 @@ def test_adamws_options_are_found_by_hill_climbing_on_the_measure_it_is_given():
     assert adapt.best_adamw(lambda options: math.nan) == adapt.START
 
 
+def test_only_what_a_tune_domain_chose_is_called_tuned(tmp_path):
+    for role, chosen in {"heldout": adapt.START, "tune": {"lr": 0.5}}.items():
+        row = {"kind": "adapt", "rule": "adamw", "role": role, "options": {"lr": 0.5}}
+        log = write(tmp_path, {"log.jsonl": json.dumps(row) + "\n"}) / "log.jsonl"
+        assert adapt.chosen_adamw(log) == chosen
+
+
 def test_frozen_embeddings_stay_and_the_rest_learns():
     model = GPT(GPTConfig(8, 32, 1, 2, 8))
     learner = adapt.adamw_learner(model, lr=1e-3, frozen=True, beta2=0.99)
@@ -961,6 +968,7 @@ def test_resuming_as_something_else_is_refused_and_no_code_in_a_checkpoint_runs(
         "set max_steps to that": {"max_steps": 0},
         "learn_inner_lr=element": {"learn_inner_lr": "no"},
         "inner_steps=1": {"inner_steps": 3},
+        "inner_optimizer=sgd": {"inner_optimizer": "adamw"},
         "nesterov=False": {"nesterov": True},
     }.items():
         with refused(match=remedy):
@@ -1133,8 +1141,10 @@ def test_roles_stay_until_it_is_said_otherwise_and_change_no_shard(prepare):
 
 @pytest.mark.parametrize("text", ["數學" * 50, "".join(f"línea {i}\n" for i in range(100))])
 def test_one_document_still_gives_both_splits_and_no_character_is_cut(prepare, tmp_path, text):
-    [train], [val] = documents_of(prepare(write(tmp_path, {"book.txt": text}) / "book.txt"), "book")
+    made = prepare(write(tmp_path, {"book.txt": text}) / "book.txt")
+    [train], [val] = documents_of(made, "book")
     assert train + val == text and 0.05 < len(val) / len(train) < 0.2
+    assert domains_of(made)["book"]["documents"] == {"train": 1, "val": 1}
     assert "\n" not in text or val.startswith("línea")
 
 
@@ -1506,7 +1516,7 @@ def write_log(path, val=VAL, adapt=(), seed=1):
         rows.append({"kind": "val", **at, "loss": losses, "online": {}})
     for (rule, losses), domain in itertools.product(dict(adapt).items(), "tz"):
         row = {"kind": "adapt", "dataset": "toy", "domain": domain, "role": roles[domain]}
-        row["tokens"] = val[-1][0]
+        row["tokens"] = 2_000_000
         loss = [loss + 5 * (domain == "t") for loss in losses]
         row |= {"options": {}, "by_passage": [min(losses), max(losses)]}
         rows.append({**row, "rule": rule, "row_tokens": 16, "loss": loss})
@@ -1524,7 +1534,7 @@ def test_the_table_says_what_heldout_rows_say_and_how_many_fewer_are_needed(told
     base = write_log(tmp_path / "base", adapt={"none": [4.0] * 8, "adamw": adamw})
     own = [3.0, 2.0, 1.0] + [1.0] * 5  # its later half is at 2.0 after two rows
     text = told(base, write_log(tmp_path / "maml", adapt={"own": own}))
-    cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)  after 0.0M training tokens$", text, re.M))
+    cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)  after 2.0M training tokens$", text, re.M))
     assert cells == {
         "base, no learning": "4.000",
         "base, tuned AdamW": "2.500",
