@@ -137,7 +137,7 @@ def print_table(lines: list, methods: dict):
 
 
 def draw(methods: dict, lines: list, output: Path):
-    figure = Figure(figsize=(15, 4.5), layout="constrained", dpi=100)
+    figure = Figure(figsize=(15, 4.5), layout="constrained", dpi=90)
     left, right = figure.subplots(1, 2)
     for name, rule, T, curves in lines:
         x = T * np.arange(1, curves.shape[1] + 1)
