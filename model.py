@@ -93,10 +93,9 @@ class GPT(nn.Module):
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """AdamW's two groups: matrices and embeddings decay; biases and gains do not."""
-        decayed = [p for p in self.parameters() if p.dim() >= 2]
-        free = [p for p in self.parameters() if p.dim() < 2]
-        groups = (decayed, weight_decay), (free, 0.0)
-        return [{"params": params, "weight_decay": decay} for params, decay in groups]
+        large = [p for p in self.parameters() if p.dim() >= 2]
+        small = [p for p in self.parameters() if p.dim() < 2]
+        return [dict(params=large, weight_decay=weight_decay), dict(params=small, weight_decay=0.0)]
 
     def flops_per_token(self, T: int) -> int:
         """Forward FLOPs of matrix products for one token of a T-token row; a multiply-add is two.

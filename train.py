@@ -93,18 +93,18 @@ class Config:
             least = 1 if name in POSITIVE else 0
             if type(value) in (int, float) and not least <= value < 1e30:
                 raise ValueError(f"{name}={value} must be finite and at least {least}")
-        if self.batch_size % (self.inner_steps + 1):
-            n = self.inner_steps + 1
+        n = self.inner_steps + 1
+        if self.batch_size % n:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
             raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
 
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-POSITIVE = (*SHAPE[:-1], "batch_size", "tasks_per_step", "eval_interval", "eval_passages")
-POSITIVE += ("eval_rows",)
+COUNTS = "batch_size", "tasks_per_step", "eval_interval", "eval_passages", "eval_rows"
+POSITIVE = (*SHAPE[:-1], *COUNTS)
 SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
-KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # by a run that goes on
+KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # when a run is resumed
 
 # --------------------------------------------------------------------------------------------------
 # the run
