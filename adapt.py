@@ -56,7 +56,10 @@ def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
 
 @torch.no_grad()
 def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
-    """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned; and phi."""
+    """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
+
+    And the parameters at the end of the first passage, by name.
+    """
     if rule == "none":
         rows = (t.flatten(0, 1).split(1) for t in (x, y))  # P * R times (1, T)
         losses = torch.stack([model(*row)[1] for row in zip(*rows, strict=True)])
@@ -66,7 +69,7 @@ def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
     else:
         learner, chunk = adamw_learner(model, **options), 1
     losses, phi = train.read_passages(learner.to(x.device), x, y, chunk, steps)
-    return losses.cpu().numpy(), phi
+    return losses.cpu().numpy(), learner.by_name(phi[0])
 
 
 def best_adamw(measure) -> dict:
@@ -173,9 +176,7 @@ def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):
     if options.get("adamw") is not START:  # less than an untuned AdamW needs is no praise
         print_fewer_examples(curves, T)
     print(f"\nbefore:\n{sample(model, tokenizer, args, device)}")
-    model.load_state_dict(
-        {n: p.reshape(model.get_parameter(n).shape) for n, p in phi.items()}, strict=False
-    )
+    model.load_state_dict(phi, strict=False)
     print(f"\nafter reading by {rule!r}:\n{sample(model, tokenizer, args, device)}")
     if args.save:
         kept = {key: value for key, value in ckpt.items() if key != "optimizer"}

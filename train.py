@@ -269,8 +269,8 @@ def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
     """AdamW over theta, which learning_rate=0 leaves as it is, and over the learned rates."""
     groups = learner.model.parameter_groups(cfg.weight_decay)
     groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
-    if rates := [*learner.log_inner_lr]:
-        groups.append({"params": rates, "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
+    if (rates := learner.log_inner_lr) is not None:
+        groups.append({"params": [rates], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
     betas = (0.9, cfg.beta2)
     if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
         nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
@@ -299,7 +299,7 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
     for i, domain in list(enumerate(val))[rank::world_size]:
         x, y = to_device(val[domain], device)  # (P, R, T)
         parts = zip(x.flatten(0, 1).split(chunk), y.flatten(0, 1).split(chunk), strict=True)
-        losses = [len(a) * learner.loss(learner.theta(), a, b) for a, b in parts]
+        losses = [len(a) * learner.model_loss({}, a, b) for a, b in parts]
         table[i, 0] = sum(losses) / (x.size(0) * x.size(1))
         if domain in unseen:
             table[i, 1] = read_passages(learner, x, y, chunk)[0].mean()
@@ -338,9 +338,11 @@ def load_checkpoint(path: Path) -> tuple[dict, GPT]:
 @torch.no_grad()
 def load_rates(learner: MAML, saved: dict):
     """Learned rates of a checkpoint. A tensor's fills its elements; theirs are averaged."""
-    for i, rate in enumerate(learner.log_inner_lr):
-        if (old := saved.get(f"log_inner_lr.{i}")) is not None:
-            rate.copy_(old if rate.dim() else old.mean())
+    new, old = learner.log_inner_lr, saved.get("log_inner_lr")
+    if new is not None and old is not None:
+        if len(new) < len(old):
+            old = torch.stack([part.mean() for part in old.split(learner.sizes)])
+        new.copy_(old if len(new) == len(old) else learner.by_element(old))
 
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
@@ -358,7 +360,7 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
 
 def save(out: Path, step: int, spent: dict, learner: MAML, optimizer, header: dict):
     """ckpt.pt, atomically: written beside it and renamed, so that there is always a whole one."""
-    rates = {k: v for k, v in learner.state_dict().items() if k.startswith("log_inner_lr")}
+    rates = {} if learner.log_inner_lr is None else {"log_inner_lr": learner.log_inner_lr.detach()}
     ckpt = {
         "model": learner.model.state_dict(),
         "model_args": dataclasses.asdict(learner.model.config),

@@ -25,19 +25,18 @@ def main(argv=None):
     panels = figure.subplots(1, len(args.runs), sharex=True, sharey=True, squeeze=False)[0]
     for axes, run in zip(panels, args.runs, strict=True):
         ckpt, model = load_checkpoint(run / "ckpt.pt")
-        names = [name.removeprefix("transformer.") for name, _ in model.named_parameters()]
+        sizes = {n.removeprefix("transformer."): p.numel() for n, p in model.named_parameters()}
         if not ckpt.get("learner"):
             raise SystemExit(f"{run} has learned no rates")
-        spans = []  # (low, median, high) of each tensor, the first of the model on top
-        for i in range(len(names)):
-            rates = ckpt["learner"][f"log_inner_lr.{i}"].exp().numpy()
-            spans.append(np.quantile(rates, [0.05, 0.5, 0.95]))
-        low, median, high = zip(*spans, strict=True)
-        axes.hlines(range(len(names)), low, high, color="C0", lw=3, alpha=0.4)
-        axes.plot(median, range(len(names)), "o", color="C0", ms=4)
+        rates = ckpt["learner"]["log_inner_lr"].exp()
+        cuts = list(sizes.values()) if len(rates) == sum(sizes.values()) else 1  # of tensors: one
+        spans = [np.quantile(part, [0.05, 0.5, 0.95]) for part in rates.split(cuts)]
+        low, median, high = zip(*spans, strict=True)  # of each tensor, the model's first on top
+        axes.hlines(range(len(sizes)), low, high, color="C0", lw=3, alpha=0.4)
+        axes.plot(median, range(len(sizes)), "o", color="C0", ms=4)
         axes.axvline(ckpt["config"]["inner_lr"], color="0.5", ls=":", lw=1)
         axes.set(title=run.name, xlabel="learned rate of an element", xscale="log")
-        axes.set_yticks(range(len(names)), names, size=8)
+        axes.set_yticks(range(len(sizes)), sizes, size=8)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
     args.output.parent.mkdir(parents=True, exist_ok=True)
