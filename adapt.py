@@ -58,7 +58,7 @@ def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
 def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
     """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
 
-    And the parameters at the end of the first passage, by name.
+    And the parameters after the last passage, by name.
     """
     if rule == "none":
         rows = (t.flatten(0, 1).split(1) for t in (x, y))  # P * R times (1, T)
@@ -69,7 +69,7 @@ def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
     else:
         learner, chunk = adamw_learner(model, **options), 1
     losses, phi = train.read_passages(learner.to(x.device), x, y, chunk, steps)
-    return losses.cpu().numpy(), learner.by_name(phi[0])
+    return losses.cpu().numpy(), learner.by_name(phi)
 
 
 def best_adamw(measure) -> dict:

@@ -15,7 +15,8 @@ an element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). Costs, in forwards F of
     first order      3 (K + 1) F     each g_j is taken for a constant: two running sums, no graph
     second order    (12 K + 3) F     exact: one Hessian-vector product, 9 F, for each inner step
 
-theta, phi, g and alpha are vectors here: all N elements of the model's parameters, end to end.
+theta, phi and g are vectors here: the N elements of all parameters that learn, end to end. alpha
+is such a vector too, or a single number.
 """
 
 import math
@@ -33,7 +34,8 @@ from torch.overrides import TorchFunctionMode
 def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """(gradients by name, outer loss) of a task x, y (B, T): the definition, in torch's own words.
 
-    learner.loss(phi, x, y) is the model's loss with phi instead of its parameters: functional_call.
+    learner.loss(phi, x, y) runs the model with phi instead of its own parameters, by
+    torch.func.functional_call, and returns its loss.
     grad_and_value(f) is a function like f that returns (d f / d its first argument, f), and
     learner.gradient is that of learner.loss. It can be differentiated again: here the outer one
     goes through the inner ones. An optimizer's step() has no derivative: it overwrites theta.
@@ -47,7 +49,7 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
         theta, log_lr = learner.vectors(parameters)
         return outer_loss(learner, theta, log_lr, x, y, gradient, learner.loss)
 
-    parameters = {n: p for n, p in learner.named_parameters() if p.requires_grad}
+    parameters = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         return grad_and_value(outer)(parameters)
 
@@ -80,8 +82,8 @@ def adamw(phi, g, rates, state, beta1=0.9, beta2=0.95):
     m, v, t = state[0], state[1], state[2] + 1
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
-    ones_m, ones_v = 1 - beta1**t, 1 - beta2**t  # what they are for gradients of 1
-    root = (v / ones_v + 1e-16).sqrt() + 1e-8  # 1e-16: a derivative at g = 0
+    ones_m, ones_v = 1 - beta1**t, 1 - beta2**t  # what m and v are if every g is 1
+    root = (v / ones_v + 1e-16).sqrt() + 1e-8  # 1e-16: sqrt has no slope at 0
     return phi - rates * (m / ones_m) / root, (m, v, t)
 
 
@@ -107,11 +109,12 @@ def choose(table: dict, word: str):
 class MAML(nn.Module):
     """forward maps a task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
 
-    learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element', the same in
-    all inner steps and at first inner_lr. inner_clip bounds the norm of each inner gradient, in
+    learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element'. They start at
+    inner_lr, and all inner steps share them. inner_clip bounds the norm of each inner gradient, in
     training and reading alike (0: no bound). inner_schedule: 'constant' or 'cosine', after
     inner_warmup steps. autocast: the dtype of the products inside the loss. Parameters of the
-    model that require no gradient stay as they are. ValueError for an unknown word.
+    model that require no gradient now stay as they are. ValueError for an unknown word, and for
+    parameters of several dtypes.
     """
 
     def __init__(
@@ -137,18 +140,22 @@ class MAML(nn.Module):
         self.schedule, self.inner_warmup = choose(SCHEDULES, inner_schedule), inner_warmup
         self.first_order, self.inner_clip, self.autocast = first_order, inner_clip, autocast
         self.weights = choose(OBJECTIVES, objective)(inner_steps + 1)
-        self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+        learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
+            raise ValueError("the inner loop needs parameters of one dtype on one device")
+        self.shapes = {n: p.shape for n, p in learning.items()}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         counts = {"no": 0, "tensor": len(self.sizes), "element": sum(self.sizes)}
-        rates = self.constant(math.log(inner_lr)).repeat(choose(counts, learn_inner_lr))
-        self.log_inner_lr = nn.Parameter(rates) if len(rates) and inner_steps else None
+        self.log_inner_lr = None
+        if (count := choose(counts, learn_inner_lr)) and inner_steps:
+            self.log_inner_lr = nn.Parameter(self.constant(math.log(inner_lr)).repeat(count))
         # Whole functions are compiled: a compiled loss under an eager grad would run uncompiled.
         whole = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda f: f
         self.compiled_model_loss = whole(self.model_loss)
         self.compiled_loss = whole(self.loss)
         self.compiled_gradient = whole(self.gradient)
-        self.compiled_step = whole(self.summed_step)
-        self.compiled_product = whole(self.hessian_product)
+        self.compiled_summed_step = whole(self.summed_step)
+        self.compiled_hessian_product = whole(self.hessian_product)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.inner_steps == 0:
@@ -160,8 +167,8 @@ class MAML(nn.Module):
         return outer_loss(self, theta, log_lr, x, y, gradient, self.compiled_loss)
 
     def vectors(self, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """theta (N,) and log_inner_lr, from the learner's parameters or others of their names."""
-        named = parameters or dict(self.named_parameters())
+        """theta (N,), and log_inner_lr or None. parameters: to be used instead of the learner's."""
+        named = dict(self.named_parameters()) | (parameters or {})
         theta = torch.cat([named[f"model.{n}"].flatten() for n in self.shapes])
         return theta, named.get("log_inner_lr")
 
@@ -171,7 +178,7 @@ class MAML(nn.Module):
         return {n: part.view(shape) for (n, shape), part in parts}
 
     def by_element(self, rates: Tensor) -> Tensor:
-        """Rates (N,), of as many or of one a tensor."""
+        """(N,) of rates that are one an element already, or one a tensor."""
         if len(rates) == sum(self.sizes):
             return rates
         return torch.cat([r.expand(n) for r, n in zip(rates, self.sizes, strict=True)])
@@ -180,10 +187,9 @@ class MAML(nn.Module):
         return self.constant(self.inner_lr) if log_lr is None else self.by_element(log_lr.exp())
 
     def constant(self, value) -> Tensor:
-        p = next(self.model.parameters())
-        return torch.tensor(value, dtype=p.dtype).to(
-            p.device, non_blocking=True
-        )  # no wait for a GPU
+        p = self.model.get_parameter(next(iter(self.shapes)))
+        made = torch.tensor(value, dtype=p.dtype)
+        return made.to(p.device, non_blocking=True)  # waits for no GPU
 
     @torch.no_grad()
     def bound_rates(self):
@@ -212,8 +218,8 @@ class MAML(nn.Module):
     def learn(self, phi, g, rates, state, factor):
         """The step of the inner loop, the only one. Returns phi and the optimizer's state."""
         if self.inner_clip:
-            square = g.square().sum().clamp(min=self.inner_clip**2)
-            g = g * (self.inner_clip / square.sqrt())
+            norm = g.square().sum().clamp(min=self.inner_clip**2).sqrt()
+            g = g * (self.inner_clip / norm)
         return self.update(phi, g, factor * rates, state)
 
     @torch.no_grad()
@@ -237,11 +243,12 @@ class MAML(nn.Module):
             for chunk, factor in zip(chunks, self.factors(len(chunks)), strict=True):
                 for again in range(repeat):
                     loss, phi, state = vmap(step, (0, 0, 0, 0, None))(phi, state, *chunk, factor)
-                    losses += [] if again else [loss] * chunk[0].size(1)
+                    if not again:
+                        losses += [loss] * chunk[0].size(1)  # a row's loss is its chunk's
         return torch.stack(losses, 1), phi
 
     def model_loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        """The model's loss with these parameters by name, and its own where none is given."""
+        """The model's loss. Parameters that are not given are its own."""
         kind = x.device.type
         with torch.autocast(kind, self.autocast, self.autocast is not None, cache_enabled=False):
             return functional_call(self.model, parameters, (x, y))[1]  # tied weights stay tied
@@ -265,26 +272,25 @@ class MAML(nn.Module):
 
     def first_order_loss(self, theta: Tensor, log_lr: Tensor | None, x, y) -> Tensor:
         with torch.no_grad():
-            fixed, rates, state = theta.detach(), self.rates(log_lr), self.start(theta)
-            phi = fixed.clone()  # theta itself would be compiled apart
-            sums = torch.zeros_like(phi), None if log_lr is None else torch.zeros_like(phi)
-            total = 0.0
+            rates, state, total = self.rates(log_lr), self.start(theta), 0.0
+            d_theta = torch.zeros_like(theta)
+            d_log_lr = None if log_lr is None else torch.zeros_like(theta)
+            fixed = (d_theta, d_log_lr, theta.detach())
+            phi = theta.detach()  # one object twice would be compiled as a second graph
             for chunk in self.plan(x, y):
-                loss, phi, state = self.compiled_step(sums, fixed, phi, rates, state, *chunk)
+                loss, phi, state = self.compiled_summed_step(*fixed, phi, rates, state, *chunk)
                 total = total + loss
-        d_theta, d_log_lr = sums
-        # A term that adds nothing to the value, and to each gradient its sum
+        # This adds 0 to the value, d_theta to theta's gradient, d_log_lr to that of log_lr.
         linear = theta @ d_theta
         if log_lr is not None:
             linear = linear + self.by_element(log_lr) @ d_log_lr
         return total + (linear - linear.detach())
 
-    def summed_step(self, sums, theta, phi, rates, state, x, y, weight, factor):
+    def summed_step(self, d_theta, d_log_lr, theta, phi, rates, state, x, y, weight, factor):
         """One inner step: adds to the two sums; returns its part of the outer loss, phi and state.
 
-        The last chunk is learned in vain, so that all chunks are one graph to compile.
+        The phi after the last chunk is not used. All chunks share one compiled graph that way.
         """
-        d_theta, d_log_lr = sums
         g, loss = self.gradient(phi, x, y)
         d_theta += weight * g
         if d_log_lr is not None:
@@ -296,9 +302,9 @@ class MAML(nn.Module):
 
     def hessian_product(self, phi: Tensor, v: Tensor, x, y) -> tuple[Tensor, Tensor]:
         """g and H v, in one of two ways, since H is symmetric: jvp pushes v forward through the
-        gradient, keeps no tape and wins compiled; vjp pulls v back and wins eagerly."""
+        gradient, without a tape: faster compiled. vjp pulls v back: faster eagerly."""
         gradient = partial(grad(self.loss), x=x, y=y)
-        with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():  # outside, it would not be compiled
+        with sdpa_kernel(SDPBackend.MATH), CausalInBlocks():  # here: modes outside are not compiled
             if torch.compiler.is_compiling():
                 return jvp(gradient, (phi,), (v,))
             with torch.enable_grad():
@@ -309,8 +315,8 @@ class MAML(nn.Module):
 class SecondOrder(torch.autograd.Function):
     """(learner, phi, x, y) -> (g, loss), which keeps phi and no graph.
 
-    phi is due d_loss * g + H d_g. The Hessian product is computed afresh from phi, so the
-    activations of one step are alive (as in MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793).
+    The gradient for phi is d_loss * g + H d_g. The Hessian product is computed afresh from phi, so
+    the activations of one step are alive (MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793).
     """
 
     @staticmethod
@@ -323,8 +329,8 @@ class SecondOrder(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_g, d_loss):
         phi, x, y = ctx.saved_tensors
-        # Cloned, since compiled with a v that shares memory with phi it is wrong and says nothing.
-        g, hv = ctx.learner.compiled_product(phi.detach(), d_g.clone(), x, y)
+        # Cloned: compiled, the product is silently wrong if v shares memory with phi.
+        g, hv = ctx.learner.compiled_hessian_product(phi.detach(), d_g.clone(), x, y)
         return None, d_loss * g + hv, None, None
 
 

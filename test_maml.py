@@ -300,6 +300,23 @@ def test_parameters_without_curvature_or_without_use_are_no_trouble():
     assert not grads["model.list.2"].any()
 
 
+def test_what_is_frozen_may_have_another_dtype_but_what_learns_has_one():
+    model = Toy(lambda x, y, a, b, c: (a * b**3 * x + c**2 * y).sum(), *torch.ones(3, 3))
+    model.list[0] = nn.Parameter(torch.full((3,), 2, dtype=torch.int8), requires_grad=False)
+    learner, x = MAML(model, 2, 0.1), torch.randn(3, 3, dtype=torch.float64)
+    for late in (1, 2):  # the second time round, a parameter was frozen after MAML was made
+        learner.zero_grad()
+        learner(x, x).backward()
+        grads, _ = meta_grad(learner, x, x)
+        assert len(grads) == 3 - late
+        for name, g in grads.items():
+            torch.testing.assert_close(learner.get_parameter(name).grad, g, rtol=1e-14, atol=1e-14)
+        model.list[1].requires_grad_(False)
+    model.list[1] = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match="one dtype"):
+        MAML(model, 2, 0.1)
+
+
 ADAMW = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0)
 OPTIMIZERS = [("sgd", 0.1, torch.optim.SGD, 1e-12), ("adamw", 0.01, ADAMW, 1e-6)]
 
@@ -590,7 +607,7 @@ def test_drawing_ahead_changes_nothing_and_passes_errors_on():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_reading_is_causal_and_side_by_side_as_one_at_a_time(optimizer):
+def test_reading_is_causal_and_side_by_side_as_one_at_a_time(optimizer, monkeypatch):
     options = dict(learn_inner_lr="element", inner_clip=1.0)
     learner, (x, y) = MAML(tiny_gpt(), 1, 0.05, optimizer, **options).double(), task(3, 5, 8)
     together, phi = learner.read(x, y, repeat=2)
@@ -601,6 +618,9 @@ def test_reading_is_causal_and_side_by_side_as_one_at_a_time(optimizer):
         alone, own = learner.read(x[i : i + 1], y[i : i + 1], repeat=2)
         torch.testing.assert_close(together[i], alone[0], rtol=1e-12, atol=0)
         torch.testing.assert_close(phi[i], own[0], rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(train, "SIDE_BY_SIDE", 2 * len(phi[0]))  # two passages, then the third
+    in_parts, last = train.read_passages(learner, x, y, 1, 2)
+    torch.testing.assert_close((in_parts, last), (together, phi[2]), rtol=1e-12, atol=1e-12)
     x[:, 3], y[:, 3] = 7, 9
     after, _ = learner.read(x, y)
     assert torch.equal(once[:, :3], after[:, :3])
@@ -844,6 +864,10 @@ def test_rates_of_elements_begin_with_those_of_their_tensors(pretrain):
     rates, filled = (checkpoint_of(run)["learner"]["log_inner_lr"] for run in (tensor, element))
     for rate, part in zip(rates, filled.split(sizes), strict=True):
         assert (part == rate).all()
+    learner = MAML(GPT(GPTConfig(8, 32, 1, 2, 8)), 1, learn_inner_lr="tensor")
+    saved = {f"log_inner_lr.{i}": torch.full((n,), float(i)) for i, n in enumerate(learner.sizes)}
+    train.load_rates(learner, saved)  # an older checkpoint's, of elements
+    assert learner.log_inner_lr.tolist() == [*range(len(saved))]
 
 
 def test_a_run_that_begins_from_a_checkpoint_counts_what_that_cost(pretrain):
@@ -1419,7 +1443,8 @@ driver = dict(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_
 triton.runtime.driver.set_active(SimpleNamespace(**driver))
 fuse_attention._get_sfdp_patterns = lambda *device: []  # this and the two below would use the card
 config.shape_padding = config.joint_graph_constant_folding = False
-config.force_disable_caches, seen = True, {}
+config.force_disable_caches = True
+seen = {}
 
 def read_graph(graph):
     seen["products"] = [str(n.meta["val"].dtype) for n in graph.nodes if "mm" in str(n.target)]
@@ -1452,9 +1477,9 @@ def test_the_inner_step_of_124m_lowers_to_few_launches_for_sm_90(tmp_path):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "card.c"], check=True)
     paths = dict(LD_PRELOAD=library, LD_LIBRARY_PATH=tmp_path, PYTHONPATH=HERE)
     done = run(tmp_path / "lower.py", HERE / "config/maml_124m.py", env=os.environ | paths)
-    assert done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert seen["launches"] <= 404 + 40
+    assert seen["launches"] <= 444  # 381; one more kernel for every weight would be 49 more
     assert set(seen["products"]) == {"torch.bfloat16"} and len(seen["products"]) == 3 * 49
     fused = r"aten._scaled_dot_product_(flash|efficient|cudnn)_attention(_backward)?.default"
     assert len(seen["attention"]) == 24 and all(re.match(fused, name) for name in seen["attention"])
@@ -1635,15 +1660,19 @@ def test_runs_named_alike_but_for_their_seed_are_one_method(told, tmp_path):
 def test_the_long_tables_pair_by_seed_and_give_intervals(tmp_path):
     logs = []
     for seed in (1, 2, 3):
-        for name, read in {
-            "base": {"adamw": [2.0] * 8},
-            "maml": {"own": [0.9 + seed / 10] * 8},
-        }.items():
-            folder = write_log(tmp_path / f"{name}{seed}", adapt=read, seed=seed)
+        for name, tokens, read in (
+            ("base", 8, {"adamw": [2.0] * 8}),
+            ("half_maml", 2, {"own": [3.1 - seed / 10] * 8}),
+            ("maml", 8, {"own": [0.9 + seed / 10] * 8}),
+        ):
+            val = [(0, 5.0), (tokens, 3.0)]
+            folder = write_log(tmp_path / f"{name}{seed}", val, read, seed)
             logs.append((folder / "log.jsonl").rename(tmp_path / f"{name}_s{seed}.jsonl"))
     text = run(HERE / "results/tables.py", *sorted(logs)).stdout
     half = 4.303 * 0.1 / 3**0.5  # Student's t of two degrees of freedom
     assert re.search(rf"^\| maml \| own \| 1.100 .* -0.900 ± {half:.3f} ", text, re.M)
+    # half of the way in loss from 2 tokens to 8, so at 4: the base needs twice as many
+    assert "faster: maml needs 2.000x ± 0.000 fewer training tokens" in text
 
 
 def test_learned_rates_are_drawn_from_a_checkpoint(trained, tmp_path):

@@ -310,10 +310,15 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
 
 
 def read_passages(learner: MAML, x, y, rows: int, repeat: int = 1):
-    """learner.read, as many passages side by side as copies of the parameters may be made."""
-    n = max(1, SIDE_BY_SIDE // sum(p.numel() for p in learner.model.parameters()))
-    parts = [learner.read(*part, rows, repeat) for part in zip(x.split(n), y.split(n), strict=True)]
-    return torch.cat([losses for losses, _ in parts]), parts[-1][1]
+    """learner.read, as many passages side by side as copies of the parameters may be made.
+
+    Losses (P, R), and the last passage's phi (N,).
+    """
+    n, losses = max(1, SIDE_BY_SIDE // sum(p.numel() for p in learner.model.parameters())), []
+    for part in zip(x.split(n), y.split(n), strict=True):
+        loss, phi = learner.read(*part, rows, repeat)
+        losses.append(loss)
+    return torch.cat(losses), phi[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -338,11 +343,13 @@ def load_checkpoint(path: Path) -> tuple[dict, GPT]:
 @torch.no_grad()
 def load_rates(learner: MAML, saved: dict):
     """Learned rates of a checkpoint. A tensor's fills its elements; theirs are averaged."""
-    new, old = learner.log_inner_lr, saved.get("log_inner_lr")
-    if new is not None and old is not None:
-        if len(new) < len(old):
-            old = torch.stack([part.mean() for part in old.split(learner.sizes)])
-        new.copy_(old if len(new) == len(old) else learner.by_element(old))
+    new = learner.log_inner_lr
+    if new is None or not saved:
+        return
+    old = torch.cat([part.flatten() for part in saved.values()])  # older ones are many tensors
+    if len(new) < len(old):
+        old = torch.stack([part.mean() for part in old.split(learner.sizes)])
+    new.copy_(old if len(new) == len(old) else learner.by_element(old))
 
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):

@@ -29,7 +29,8 @@ def main(argv=None):
         if not ckpt.get("learner"):
             raise SystemExit(f"{run} has learned no rates")
         rates = ckpt["learner"]["log_inner_lr"].exp()
-        cuts = list(sizes.values()) if len(rates) == sum(sizes.values()) else 1  # of tensors: one
+        # rates of tensors are one each
+        cuts = list(sizes.values()) if len(rates) == sum(sizes.values()) else 1
         spans = [np.quantile(part, [0.05, 0.5, 0.95]) for part in rates.split(cuts)]
         low, median, high = zip(*spans, strict=True)  # of each tensor, the model's first on top
         axes.hlines(range(len(sizes)), low, high, color="C0", lw=3, alpha=0.4)
