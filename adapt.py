@@ -66,6 +66,7 @@ def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
         return losses.view(x.shape[:2]).cpu().numpy(), dict(model.named_parameters())
     if rule == "own":
         learner, chunk = own_learner(model, ckpt)
+        chunk = min(chunk, x.size(1) // 2)  # a short text is learned in its middle at least
     else:
         learner, chunk = adamw_learner(model, **options), 1
     losses, phi = train.read_passages(learner.to(x.device), x, y, chunk, steps)
@@ -114,6 +115,9 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
         return np.mean([loss.mean() for loss in losses])
 
     options = {rule: {} for rule in args.rules or rules_of(ckpt)}
+    learned = T * cfg["batch_size"] // (cfg["inner_steps"] + 1)  # tokens at a time
+    if "own" in options and args.tokens < 2 * learned:
+        raise ValueError(f"{path} learns {learned:,} tokens at a time: read --tokens {4 * learned}")
     if "adamw" in options:
         options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
     curves = {}  # by (rule, domain): (R,)

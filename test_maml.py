@@ -653,6 +653,7 @@ def trained(data_dir, tmp_path_factory):
     return out
 
 
+RULES = ("none", "own")
 READ_256 = flags(passages=4, tokens=256)
 READ_64 = flags(passages=2, tokens=64, rules="none")
 
@@ -734,6 +735,14 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     assert len(rows_of(trained / "maml")) == rows
 
 
+def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
+    ckpt, model = train.load_checkpoint(trained / "maml/ckpt.pt")
+    ckpt["config"]["batch_size"] = 64  # chunks of 8 rows
+    unlearned, learned = (adapt.read(model, ckpt, rule, *task(1, 8, 16))[0] for rule in RULES)
+    assert np.allclose(unlearned[:, :4].mean(), learned[:, :4].mean())
+    assert not np.isclose(unlearned[:, 4:].mean(), learned[:, 4:].mean())
+
+
 def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
     small = checkpoint_of(trained / "plain")
     small["model_args"]["vocab_size"] = 64
@@ -744,6 +753,7 @@ def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
         (trained / "plain", "--rules=own", "no inner loop of its own"),
         (trained / "plain", "--save=x", "--text"),
         (trained / "plain", "--tokens=1000000", "use --tokens"),
+        (trained / "maml", "--tokens=16", "learns 16 tokens at a time: read --tokens 64"),
         (tmp_path / "small.pt", f"--text={HERE / 'README.md'}", "knows 64 ids"),
     ):
         with refused(match=remedy):
