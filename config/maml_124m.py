@@ -2,7 +2,7 @@
 # GPT-2 124M, meta-learned from scratch: theta and a learning rate for every element of it.
 # A task is 64 consecutive rows of one domain. They are learned 8 at a time, each 8 predicted first.
 # The same 524,288 tokens a step as config/baseline_124m.py, 10 billion in all.
-# Never run on a GPU. On paper it does 0.84 of the baseline's tokens a second (README). The inner
+# Never run on a GPU. On paper it does 0.83 of the baseline's tokens a second (README). The inner
 # rates and inner_clip are guesses: those of config/maml_demo.py were tried, at a row a chunk.
 
 out_dir = "out/maml_124m"
