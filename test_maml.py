@@ -304,6 +304,7 @@ def test_what_is_frozen_may_have_another_dtype_but_what_learns_has_one():
     model = Toy(lambda x, y, a, b, c: (a * b**3 * x + c**2 * y).sum(), *torch.ones(3, 3))
     model.list[0] = nn.Parameter(torch.full((3,), 2, dtype=torch.int8), requires_grad=False)
     learner, x = MAML(model, 2, 0.1), torch.randn(3, 3, dtype=torch.float64)
+    assert learner.rates(None) == 0.1
     for late in (1, 2):  # the second time round, a parameter was frozen after MAML was made
         learner.zero_grad()
         learner(x, x).backward()
@@ -618,9 +619,10 @@ def test_reading_is_causal_and_side_by_side_as_one_at_a_time(optimizer, monkeypa
         alone, own = learner.read(x[i : i + 1], y[i : i + 1], repeat=2)
         torch.testing.assert_close(together[i], alone[0], rtol=1e-12, atol=0)
         torch.testing.assert_close(phi[i], own[0], rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(train, "SIDE_BY_SIDE", 2 * len(phi[0]))  # two passages, then the third
-    in_parts, last = train.read_passages(learner, x, y, 1, 2)
-    torch.testing.assert_close((in_parts, last), (together, phi[2]), rtol=1e-12, atol=1e-12)
+    for most in (2, 3):  # two passages, then the third; all three
+        monkeypatch.setattr(train, "SIDE_BY_SIDE", most * len(phi[0]))
+        parts = train.read_passages(learner, x, y, 1, 2)
+        torch.testing.assert_close(parts, (together, phi[2]), rtol=1e-12, atol=1e-12)
     x[:, 3], y[:, 3] = 7, 9
     after, _ = learner.read(x, y)
     assert torch.equal(once[:, :3], after[:, :3])
