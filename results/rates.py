@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,7 +29,7 @@ def main(argv=None):
         sizes = {n.removeprefix("transformer."): p.numel() for n, p in model.named_parameters()}
         if not ckpt.get("learner"):
             raise SystemExit(f"{run} has learned no rates")
-        rates = ckpt["learner"]["log_inner_lr"].exp()
+        rates = torch.cat([part.flatten() for part in ckpt["learner"].values()]).exp()
         # rates of tensors are one each
         cuts = list(sizes.values()) if len(rates) == sum(sizes.values()) else 1
         spans = [np.quantile(part, [0.05, 0.5, 0.95]) for part in rates.split(cuts)]
