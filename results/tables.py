@@ -41,7 +41,8 @@ def main(paths: list[str]):
         if len(heldout) > 1:
             groups = {f"mean of {', '.join(heldout)}": heldout} | groups
         for title, group in groups.items():
-            print_readings(f"{dataset}: {title}", dataset, group, logs, baseline, readings)
+            how = dict(faster=group == heldout)
+            print_readings(f"{dataset}: {title}", dataset, group, logs, baseline, readings, **how)
 
 
 def read_rows(rows: list[dict]) -> dict:
@@ -68,7 +69,7 @@ def print_runs(logs):
         print(f"| {' | '.join(cells)} |")
 
 
-def print_readings(title, dataset, group, logs, baseline, readings):
+def print_readings(title, dataset, group, logs, baseline, readings, faster):
     def found(method, seed, rule):
         """The rows of the group's domains, or [] if one is missing."""
         rows = readings[method, seed].items()
@@ -105,7 +106,7 @@ def print_readings(title, dataset, group, logs, baseline, readings):
         print(f"\n{title}, nats per token\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
         for cells in lines:
             print(f"| {' | '.join(cells)} |")
-    for method in logs:
+    for method in logs if faster else ():
         half = f"half_{method}"
         if half not in logs or not (read_by(method, "own") and read_by(half, "own")):
             continue
