@@ -292,9 +292,10 @@ class MAML(nn.Module):
         The phi after the last chunk is not used. All chunks share one compiled graph that way.
         """
         g, loss = self.gradient(phi, x, y)
-        d_theta += weight * g
+        weighted = weight * g
+        d_theta += weighted
         if d_log_lr is not None:
-            d_log_lr += weight * g * (phi - theta)
+            d_log_lr += weighted * (phi - theta)
         return weight * loss, *self.learn(phi, g, rates, state, factor)
 
     # ----------------------------------------------------------------------------------------------
