@@ -354,6 +354,8 @@ def test_rates_follow_the_schedule_and_clipping_bounds_the_gradient():
     # a gradient that is short enough stays as it is
     torch.testing.assert_close(short, free, rtol=1e-14, atol=1e-14)
     assert (clipped[0] - theta).norm().item() == pytest.approx(1e-3)
+    _, warmed = MAML(tiny_gpt(), 1, 1.0, inner_warmup=1).read(*xy)  # half of the rate
+    torch.testing.assert_close(2 * (warmed - theta), free - theta)
 
 
 HEIGHTS = [(True, "tensor", 0.01), (True, "element", 0.01), (False, "no", 1.1)]
