@@ -120,22 +120,30 @@ def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
         raise ValueError(f"{path} learns {learned:,} tokens at a time: read --tokens {4 * learned}")
     if "adamw" in options:
         options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
-    curves = {}  # by (rule, domain): (R,)
-    at = {"kind": "adapt", "dataset": data.root.name}
-    at |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
+    at = {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
+    curves = {domain: {} for domain in passages}  # {domain: {rule: (R,)}}
     for rule, chosen in options.items():
         for domain, xy in passages.items():
             losses, _ = read(model, ckpt, rule, *xy, **chosen)  # (P, R)
-            row = {"domain": domain, "role": "tune" if domain in tune else "heldout", "rule": rule}
-            row |= {"options": chosen, "row_tokens": T, "passages": len(losses)}
-            row |= {"loss": losses.mean(0, dtype=float).round(4).tolist()}
-            row |= {"by_passage": losses.mean(1, dtype=float).round(4).tolist()}
+            row = {
+                "kind": "adapt",
+                "dataset": data.root.name,
+                **at,
+                "domain": domain,
+                "role": "tune" if domain in tune else "heldout",
+                "rule": rule,
+                "options": chosen,
+                "row_tokens": T,
+                "passages": len(losses),
+                "loss": losses.mean(0, dtype=float).round(4).tolist(),
+                "by_passage": losses.mean(1, dtype=float).round(4).tolist(),
+            }
             if path.name == "ckpt.pt":  # another checkpoint is not the run's result
-                train.append_row(path.parent, at | row)
-            curves[rule, domain] = np.array(row["loss"])
+                train.append_row(path.parent, row)
+            curves[domain][rule] = np.array(row["loss"])
     for domain, (x, _) in passages.items():
-        table(domain, {rule: curves[rule, domain] for rule in options}, T, len(x))
-    mean = {rule: np.mean([curves[rule, d] for d in heldout], 0) for rule in options}
+        table(domain, curves[domain], T, len(x))
+    mean = {rule: np.mean([curves[d][rule] for d in heldout], 0) for rule in options}
     if len(heldout) > 1:
         P = sum(len(passages[d][0]) for d in heldout)
         table("mean of " + ", ".join(heldout), mean, T, P)
@@ -208,10 +216,8 @@ def chosen_adamw(log: Path) -> dict:
 
 def sample(model: GPT, tokenizer, args, device) -> str:
     prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
-    dice = torch.Generator(device).manual_seed(args.seed)
-    ids = model.generate(
-        torch.tensor([prompt], device=device), args.max_new_tokens, args.temperature, 200, dice
-    )
+    x, dice = torch.tensor([prompt], device=device), torch.Generator(device).manual_seed(1)
+    ids = model.generate(x, args.max_new_tokens, temperature=0.8, top_k=200, generator=dice)
     known = [i for i in ids[0].tolist() if i < tokenizer.n_vocab]  # the model's ids are padded
     return tokenizer.decode(known, errors="replace")
 
@@ -251,8 +257,6 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--save", help="where the parameters that have learned the text go")
     parser.add_argument("--prompt", default="\n", help="how the samples begin")
     parser.add_argument("--max_new_tokens", type=int, default=300)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=1, help="of the samples")
     args = parser.parse_args(argv)
     try:
         path = Path(args.run)

@@ -10,8 +10,6 @@ evaluating cannot move training, and the number of processes does not change the
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -155,15 +153,3 @@ def batch(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., T + 1) ids -> inputs and next-token targets (..., T)."""
     ids = torch.from_numpy(rows.astype(np.int64))
     return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
-
-
-def ahead(draw, keys) -> Iterator:
-    """draw(*key) for each key; a thread draws the next while the caller works on this one."""
-    with ThreadPoolExecutor(1) as pool:
-        drawn = None
-        for key in keys:
-            drawn, ready = pool.submit(draw, *key), drawn
-            if ready:
-                yield ready.result()
-        if drawn:
-            yield drawn.result()

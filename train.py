@@ -1,12 +1,9 @@
 """Pretrain a GPT, plainly (inner_steps=0) or by meta-learning: one loop for both, on any machine.
 
-    python train.py config/maml_demo.py                                 # whatever this machine has
-    python train.py config/maml_demo.py --seed=2 --out_dir=out/maml_s2  # every field is a flag
-    python train.py config/maml_demo.py --init_from=resume              # go on after a stop
-    torchrun --nproc_per_node=8 train.py config/maml_124m.py            # eight GPUs, the same steps
-
-A step learns from tasks_per_step tasks. Task by task the learner's outer loss is differentiated,
-and the gradients are averaged. DDP's ranks share the tasks out.
+python train.py config/maml_demo.py                                 # whatever this machine has
+python train.py config/maml_demo.py --seed=2 --out_dir=out/maml_s2  # every field is a flag
+python train.py config/maml_demo.py --init_from=resume              # go on after a stop
+torchrun --nproc_per_node=8 train.py config/maml_124m.py            # eight GPUs, the same steps
 """
 
 import argparse
@@ -25,6 +22,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -35,7 +33,7 @@ from tqdm import tqdm
 
 from maml import MAML
 from model import GPT, GPTConfig
-from tasks import TASKS, Dataset, ahead
+from tasks import Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Config:
     data_dir: str = "data"
     seed: int = 1  # decides initialisation and every draw of training data, not the evaluation's
     device: str = "auto"  # 'auto' takes cuda, else mps, else cpu
-    dtype: str = "float32"  # of the products: 'float32' or 'bfloat16'; weights stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
     compile: bool = False  # torch.compile: minutes of waiting, then faster steps
     # the model; a checkpoint's shape rules
     block_size: int = 256  # tokens of a row
@@ -56,8 +54,8 @@ class Config:
     n_head: int = 4
     n_embd: int = 128
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
-    # the tasks
-    tasks: str = "mixed"  # rows from anywhere; of one 'domain'; consecutive ones: a 'passage'
+    # the tasks: rows from anywhere, of one domain, or consecutive rows of one domain
+    tasks: Literal["mixed", "domain", "passage"] = "mixed"
     batch_size: int = 16  # rows of a task, cut into inner_steps + 1 chunks
     tasks_per_step: int = 8  # the meta-batch; the processes share it out
     max_steps: int = 1000
@@ -85,26 +83,22 @@ class Config:
     eval_rows: int = 32  # consecutive rows of such a passage
 
     def __post_init__(self):
-        for name, known in {"dtype": ("float32", "bfloat16"), "tasks": TASKS}.items():
-            if getattr(self, name) not in known:
-                choices = " or ".join(map(repr, known))
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {choices}")
         for name, value in vars(self).items():
             least = 1 if name in POSITIVE else 0
             if type(value) in (int, float) and not least <= value < 1e30:
                 raise ValueError(f"{name}={value} must be finite and at least {least}")
-        n = self.inner_steps + 1
-        if self.batch_size % n:
+        if self.batch_size % (n := self.inner_steps + 1):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
             raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
 
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-COUNTS = "batch_size", "tasks_per_step", "eval_interval", "eval_passages", "eval_rows"
+COUNTS = ("batch_size", "tasks_per_step", "eval_interval", "eval_passages", "eval_rows")
 POSITIVE = (*SHAPE[:-1], *COUNTS)
 SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
 KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # when a run is resumed
+NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0}  # how far a run has come, and its cost
 
 # --------------------------------------------------------------------------------------------------
 # the run
@@ -113,20 +107,18 @@ KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # when 
 def train(given: dict):
     """A run with the fields of Config that are `given`. ValueError and OSError say what to do."""
     cfg = Config(**given)
-
-    # processes
+    out = Path(cfg.out_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_shares(cfg, world_size)
     device = pick_device(cfg.device)
     if world_size > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        timeout = datetime.timedelta(minutes=10)
-        dist.init_process_group(backend, device_id=bound, timeout=timeout)
+        dist.init_process_group(backend, device_id=bound, timeout=datetime.timedelta(minutes=10))
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32
 
-    # a checkpoint to begin from: out_dir's, or another
-    out, ckpt, model = Path(cfg.out_dir), None, None
+    # the model: out_dir's, another checkpoint's, or a new one
+    ckpt, model = {}, None
     resumed = cfg.resume and (out / "ckpt.pt").exists()
     if resumed or cfg.init_from != "scratch":
         ckpt, model = load_checkpoint(out / "ckpt.pt" if resumed else Path(cfg.init_from))
@@ -134,8 +126,6 @@ def train(given: dict):
         if wrong := {k: v for k, v in shape.items() if given.get(k, v) != v}:
             raise ValueError(f"the checkpoint has the shape {wrong}: leave these fields out")
         cfg = dataclasses.replace(cfg, **shape)
-
-    # data and model
     data = Dataset(
         Path(cfg.data_dir, cfg.dataset),
         block_size=cfg.block_size,
@@ -144,66 +134,60 @@ def train(given: dict):
         tasks=cfg.tasks,
         seed=cfg.seed,
     )
-    val = {d: data.passages(d, cfg.eval_passages, cfg.eval_rows) for d in data.roles}
     ids = data.meta["vocab_size"]
     if model is None:
         shape = {name: getattr(cfg, name) for name in SHAPE}
         model = GPT(GPTConfig(vocab_size=-(-ids // 64) * 64, **shape))  # as matrix units like it
-    tokenizer = (ckpt or {}).get("dataset", data.meta)["tokenizer"]  # nanoGPT does not name its own
+    tokenizer = ckpt.get("dataset", data.meta)["tokenizer"]  # nanoGPT does not name its own
     if tokenizer != data.meta["tokenizer"] or model.config.vocab_size < ids:
         raise ValueError(f"{data.root} has other tokens than the checkpoint: prepare it alike")
 
     # learner and optimizer
     learner = make_learner(cfg, model).to(device)
-    ddp = DDP(learner, gradient_as_bucket_view=True) if world_size > 1 else learner
+    if ckpt.get("config", {}).get("inner_optimizer") == cfg.inner_optimizer:
+        load_rates(learner, ckpt["learner"])  # another optimizer's rates mean something else
     optimizer = make_optimizer(cfg, learner)
-
-    # how far it has come, and what that cost
-    first_step, spent = 0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
-    if ckpt:  # what the checkpoint cost is part of this run's cost
-        spent = {unit: ckpt.get(unit, spent[unit]) for unit in spent}
+    at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # what a checkpoint cost, this run costs
     if resumed:
         check_same_run(ckpt, cfg, data)
         groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now
         optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
-        first_step = ckpt["step"]
-    if ckpt and ckpt.get("config", {}).get("inner_optimizer") == cfg.inner_optimizer:
-        load_rates(learner, ckpt["learner"])  # another optimizer's rates mean something else
+    else:
+        at["step"] = 0
     if world_size > 1:  # file systems that lag may show the ranks different checkpoints
         seen = [None] * world_size
-        dist.all_gather_object(seen, (first_step, data.sha256))
+        dist.all_gather_object(seen, (at["step"], data.sha256))
         if len(set(seen)) > 1:
             raise ValueError(f"the processes begin at different steps or data: {seen}: start again")
-    header = make_header(cfg, data, model, device, world_size)
-    if ckpt:  # no text that the checkpoint was trained on may count as unseen
-        earlier = ckpt.get("dataset", {}).get("trained", [])
-        header["dataset"]["trained"] = sorted({*header["dataset"]["trained"], *earlier})
+    ddp = DDP(learner, gradient_as_bucket_view=True) if world_size > 1 else learner
+
+    # the log, and what is evaluated
+    header = make_header(cfg, data, model, device, world_size, ckpt)
+    val = {d: data.passages(d, cfg.eval_passages, cfg.eval_rows) for d in data.roles}
     unseen = data.unseen(header["dataset"]["trained"]) if cfg.inner_steps else []
     chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
     if rank == 0:
-        open_log(out, header, first_step, cfg.resume)
-        tokens = spent["tokens"] + (cfg.max_steps - first_step) * header["tokens_per_step"]
-        print(f"{header['params']:,} parameters on {header['device']}")
-        print(f"{cfg.max_steps:,} steps, to {tokens:,} tokens in all", flush=True)
-
-    # the loop
+        open_log(out, header, at["step"], cfg.resume)
+        print(f"{header['params']:,} parameters on {header['device']}", flush=True)
     stop_signals, stop = catch_signals(), False
     mine = range(rank, cfg.tasks_per_step, world_size)
-    draws = ((step, task) for step in range(first_step, cfg.max_steps) for task in mine)
-    tasks = ahead(lambda *draw: to_device(data.task(*draw), device), draws)
+    draws = ((step, task) for step in range(at["step"], cfg.max_steps) for task in mine)
+    batches = (to_device(data.task(*draw), device) for draw in draws)
+    xy = next(batches, None)
     silent = True if rank else None  # None: no bar where the output is no terminal
-    bar = tqdm(total=cfg.max_steps, initial=first_step, unit="step", disable=silent)
-    for step in range(first_step, cfg.max_steps + 1):
-        last = step == cfg.max_steps
-        if (step % cfg.eval_interval == 0 or last) and not stop:
+    bar = tqdm(total=cfg.max_steps, initial=at["step"], unit="step", disable=silent)
+
+    for step in range(at["step"], cfg.max_steps + 1):
+        at["step"], last = step, step == cfg.max_steps
+        evaluated = (step % cfg.eval_interval == 0 or last) and not stop
+        if evaluated:
             losses = evaluate(learner, val, unseen, chunk, rank, world_size)
             check_finite(step, sum(sum(table.values()) for table in losses.values()))
-            if rank == 0:
-                save(out, step, spent, learner, optimizer, header)
-                append_row(out, {"kind": "val", "step": step, **spent, **losses})
-                bar.write(one_line(step, losses, data.roles))
-        elif stop and rank == 0:
-            save(out, step, spent, learner, optimizer, header)
+        if rank == 0 and (evaluated or stop):
+            save(out, at, learner, optimizer, header)
+        if rank == 0 and evaluated:
+            append_row(out, {"kind": "val", **at, **losses})
+            bar.write(one_line(step, losses, data.roles))
         if last or stop:
             break
 
@@ -216,8 +200,9 @@ def train(given: dict):
             # Only the last task's backward need talk to the other ranks.
             waits = world_size > 1 and task != mine[-1]
             with ddp.no_sync() if waits else nullcontext():
-                loss = ddp(*next(tasks)) / len(mine)
+                loss = ddp(*xy) / len(mine)
                 loss.backward()
+            xy = next(batches, None)  # drawn while a GPU works
             sums[0] += loss.detach()
         sums[1] += bool(stop_signals)
         if world_size > 1:
@@ -231,11 +216,10 @@ def train(given: dict):
         learner.zero_grad()
         took = time.perf_counter() - began
         if rank == 0 and step % 10 == 0:
-            row = {"kind": "train", "step": step, **spent, "loss": loss, "grad_norm": grad_norm}
-            append_row(out, row)
-        spent["tokens"] += header["tokens_per_step"]
-        spent["flops"] += header["flops_per_step"]
-        spent["seconds"] = round(spent["seconds"] + took, 4)
+            append_row(out, {"kind": "train", **at, "loss": loss, "grad_norm": grad_norm})
+        at["tokens"] += header["tokens_per_step"]
+        at["flops"] += header["flops_per_step"]
+        at["seconds"] = round(at["seconds"] + took, 4)
         flops = header["flops_per_step"] / took / world_size / 1e12
         speed = f"{header['tokens_per_step'] / took:,.0f} tokens/s, {flops:.3g} TFLOP/s"
         bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
@@ -314,7 +298,7 @@ def read_passages(learner: MAML, x, y, rows: int, repeat: int = 1):
 
     Losses (P, R), and the last passage's phi (N,).
     """
-    n, losses = max(1, SIDE_BY_SIDE // sum(p.numel() for p in learner.model.parameters())), []
+    n, losses = max(1, SIDE_BY_SIDE // sum(learner.sizes)), []
     for part in zip(x.split(n), y.split(n), strict=True):
         loss, phi = learner.read(*part, rows, repeat)
         losses.append(loss)
@@ -342,19 +326,18 @@ def load_checkpoint(path: Path) -> tuple[dict, GPT]:
 
 @torch.no_grad()
 def load_rates(learner: MAML, saved: dict):
-    """Learned rates of a checkpoint. A tensor's fills its elements; theirs are averaged."""
-    new = learner.log_inner_lr
-    if new is None or not saved:
+    """Rates that a checkpoint's learner has. That of a tensor fills its elements."""
+    new, old = learner.log_inner_lr, saved.get("log_inner_lr")
+    if new is None or old is None:
         return
-    old = torch.cat([part.flatten() for part in saved.values()])  # older ones are many tensors
-    if len(new) < len(old):
-        old = torch.stack([part.mean() for part in old.split(learner.sizes)])
-    new.copy_(old if len(new) == len(old) else learner.by_element(old))
+    if len(old) > len(new):
+        raise ValueError("the checkpoint has rates of elements: set learn_inner_lr=element")
+    new.copy_(old if len(old) == len(new) else learner.by_element(old))
 
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
     """A run goes on with the data and the kind of optimizer that it had."""
-    if {"step", "optimizer"} - ckpt.keys():
+    if "step" not in ckpt:
         raise ValueError(f"{cfg.out_dir} has no run of train.py: give its ckpt.pt as --init_from")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
@@ -365,7 +348,7 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
 
 
-def save(out: Path, step: int, spent: dict, learner: MAML, optimizer, header: dict):
+def save(out: Path, at: dict, learner: MAML, optimizer, header: dict):
     """ckpt.pt, atomically: written beside it and renamed, so that there is always a whole one."""
     rates = {} if learner.log_inner_lr is None else {"log_inner_lr": learner.log_inner_lr.detach()}
     ckpt = {
@@ -375,8 +358,7 @@ def save(out: Path, step: int, spent: dict, learner: MAML, optimizer, header: di
         "optimizer": optimizer.state_dict(),
         "config": header["config"],
         "dataset": header["dataset"],
-        "step": step,
-        **spent,
+        **at,
     }
     with open(out / "ckpt.pt.tmp", "wb") as file:
         torch.save(ckpt, file)
@@ -403,20 +385,22 @@ def append_row(out: Path, row: dict):
         file.write(json.dumps(row) + "\n")
 
 
-def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size) -> dict:
+def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt: dict) -> dict:
     """The log's first row: what is needed to make the run again and to read its log."""
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # by a shell: it may be absent
     how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    commit = subprocess.run(git, **how).stdout.strip()
     on_gpu = device.type == "cuda"
-    kind = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {device.type}"
+    kind = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {device.type}"
     K, tokens = cfg.inner_steps, cfg.tasks_per_step * cfg.batch_size * cfg.block_size
     forwards = 3 if cfg.first_order or K == 0 else (12 * K + 3) / (K + 1)  # a token, as in maml.py
+    # No text that the checkpoint was trained on may count as unseen.
+    trained = {h for shards in data.trained.values() for h in shards.values()}
+    trained |= {*ckpt.get("dataset", {}).get("trained", [])}
     return {
         "kind": "run",
         "command": " ".join(["python train.py", *sys.argv[1:]]),
         "config": dataclasses.asdict(cfg),
-        "commit": commit or "unknown",
+        "commit": subprocess.run(git, **how).stdout.strip() or "unknown",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": f"{world_size} x {kind}",
         "params": sum(p.numel() for p in model.parameters()),
@@ -427,7 +411,7 @@ def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size) -> d
             "tokenizer": data.meta["tokenizer"],
             "roles": data.roles,
             "sha256": data.sha256,
-            "trained": sorted(h for shards in data.trained.values() for h in shards.values()),
+            "trained": sorted(trained),
         },
     }
 
@@ -492,7 +476,7 @@ def one_line(step: int, losses: dict, roles: dict) -> str:
     """step 200 | train 2.310 | heldout 2.612 -> 2.404: means by role, 'loss' -> 'online'."""
     text = f"step {step}"
     for role in dict.fromkeys(roles.values()):
-        tables = [[t[d] for d in t if roles[d] == role] for t in (losses["loss"], losses["online"])]
+        tables = [[t[d] for d in t if roles[d] == role] for t in losses.values()]
         text += f" | {role} " + " -> ".join(f"{np.mean(table):.3f}" for table in tables if table)
     return text
 
@@ -512,8 +496,9 @@ def read_arguments(argv: list[str]) -> dict:
     how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = Parser(usage=usage, description=about, **how)
     for field in dataclasses.fields(Config):
-        kind = boolean if field.type is bool else field.type
-        parser.add_argument(f"--{field.name}", type=kind, metavar=field.default)
+        words = get_args(field.type) or None  # of a Literal
+        kind = str if words else boolean if field.type is bool else field.type
+        parser.add_argument(f"--{field.name}", type=kind, choices=words, metavar=field.default)
     flags = []
     for path in [argument for argument in argv if not argument.startswith("-")]:
         if not Path(path).is_file():
