@@ -55,7 +55,7 @@ def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
 
 
 @torch.no_grad()
-def read(model: GPT, ckpt: dict, rule: str, x, y, steps=1, **options):
+def read(model: GPT, ckpt: dict, rule: str, x, y, steps=None, **options):
     """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
 
     And the parameters after the last passage, by name.

@@ -15,6 +15,8 @@ an element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). Costs, in forwards F of
     first order      3 (K + 1) F     each g_j is taken for a constant: two running sums, no graph
     second order    (12 K + 3) F     exact: one Hessian-vector product, 9 F, for each inner step
 
+With inner_repeats each chunk is learned several times, and K in these costs is that many times K.
+
 theta, phi and g are vectors here: the N elements of all parameters that learn, end to end. alpha
 is such a vector too, or a single number.
 """
@@ -112,9 +114,9 @@ class MAML(nn.Module):
     learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element'. They start at
     inner_lr, and all inner steps share them. inner_clip bounds the norm of each inner gradient, in
     training and reading alike (0: no bound). inner_schedule: 'constant' or 'cosine', after
-    inner_warmup steps. autocast: the dtype of the products inside the loss. Parameters of the
-    model that require no gradient now stay as they are. ValueError for an unknown word, and for
-    parameters of several dtypes.
+    inner_warmup steps. inner_repeats: steps on each chunk. autocast: the dtype of the products
+    inside the loss. Parameters of the model that require no gradient now stay as they are.
+    ValueError for an unknown word, and for parameters of several dtypes.
     """
 
     def __init__(
@@ -131,14 +133,17 @@ class MAML(nn.Module):
         autocast: torch.dtype | None = None,
         inner_schedule: str = "constant",
         inner_warmup: int = 0,
+        inner_repeats: int = 1,
     ):
         super().__init__()
-        if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_clip) < 0:
-            raise ValueError("inner_lr must be positive; inner_steps, _warmup, _clip not negative")
+        if min(inner_lr, inner_repeats) <= 0 or min(inner_steps, inner_warmup, inner_clip) < 0:
+            positive = "inner_lr and inner_repeats must be positive"
+            raise ValueError(f"{positive}; inner_steps, inner_warmup and inner_clip not negative")
         self.model, self.inner_steps, self.inner_lr = model, inner_steps, inner_lr
         self.update, self.start = choose(UPDATES, inner_optimizer)
         self.schedule, self.inner_warmup = choose(SCHEDULES, inner_schedule), inner_warmup
         self.first_order, self.inner_clip, self.autocast = first_order, inner_clip, autocast
+        self.inner_repeats = inner_repeats
         self.weights = choose(OBJECTIVES, objective)(inner_steps + 1)
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
@@ -202,12 +207,17 @@ class MAML(nn.Module):
             self.log_inner_lr.clamp_(math.log(self.inner_lr / 150), math.log(self.inner_lr * 150))
 
     def plan(self, x, y) -> list[tuple]:
-        """(x_j, y_j, weight in the outer loss, factor of the rates) for each chunk of a task."""
+        """(x_j, y_j, weight in the outer loss, factor of the rates) for each step over a task.
+
+        A chunk that is learned again counts nothing more. The last one is predicted once.
+        """
         n = self.inner_steps + 1
         if x.size(0) % n:
             raise ValueError(f"{x.size(0)} rows are no {n} equal chunks: use a multiple of {n}")
-        weights = self.constant(self.weights)
-        return list(zip(x.chunk(n), y.chunk(n), weights, self.factors(n), strict=True))
+        weights, steps = self.constant(self.weights), []
+        for xj, yj, w, f in zip(x.chunk(n), y.chunk(n), weights, self.factors(n), strict=True):
+            steps += [(xj, yj, w, f)] + [(xj, yj, 0 * w, f)] * (self.inner_repeats - 1)
+        return steps[: (n - 1) * self.inner_repeats + 1]
 
     def factors(self, n: int) -> Tensor:
         """What the schedule multiplies the rates with, at each of the n chunks of a text."""
@@ -223,7 +233,7 @@ class MAML(nn.Module):
         return self.update(phi, g, factor * rates, state)
 
     @torch.no_grad()
-    def read(self, x: Tensor, y: Tensor, rows: int = 1, repeat: int = 1) -> tuple[Tensor, Tensor]:
+    def read(self, x: Tensor, y: Tensor, rows: int = 1, repeat=None) -> tuple[Tensor, Tensor]:
         """Reads P passages side by side, x and y (P, R, T): each chunk is predicted, then learned.
 
         Returns the loss of each row's chunk before it was learned, (P, R), and every passage's phi
@@ -241,7 +251,7 @@ class MAML(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
             chunks = list(zip(x.split(rows, 1), y.split(rows, 1), strict=True))  # (P, rows, T)
             for chunk, factor in zip(chunks, self.factors(len(chunks)), strict=True):
-                for again in range(repeat):
+                for again in range(repeat or self.inner_repeats):
                     loss, phi, state = vmap(step, (0, 0, 0, 0, None))(phi, state, *chunk, factor)
                     if not again:
                         losses += [loss] * chunk[0].size(1)  # a row's loss is its chunk's

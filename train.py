@@ -72,6 +72,7 @@ class Config:
     inner_optimizer: str = "sgd"  # 'sgd' or 'adamw'
     inner_schedule: str = "constant"  # 'constant' or 'cosine'
     inner_warmup: int = 0  # inner steps of linear warm-up
+    inner_repeats: int = 1  # inner steps on each chunk, in reading too
     inner_clip: float = 0.0  # of each inner gradient's norm, in reading too; 0 for none
     first_order: bool = False  # take inner gradients for constants: the cost of plain training
     objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' one's
@@ -94,8 +95,8 @@ class Config:
 
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-COUNTS = ("batch_size", "tasks_per_step", "eval_interval", "eval_passages", "eval_rows")
-POSITIVE = (*SHAPE[:-1], *COUNTS)
+COUNTS = ("batch_size", "tasks_per_step", "inner_repeats", "eval_interval", "eval_passages")
+POSITIVE = (*SHAPE[:-1], *COUNTS, "eval_rows")
 SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
 KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # when a run is resumed
 NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0}  # how far a run has come, and its cost
@@ -246,6 +247,7 @@ def make_learner(cfg: Config, model: GPT) -> MAML:
         autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
         inner_schedule=cfg.inner_schedule,
         inner_warmup=cfg.inner_warmup,
+        inner_repeats=cfg.inner_repeats,
     )
 
 
@@ -293,7 +295,7 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
     return {"loss": loss, "online": {d: online[d] for d in unseen}}
 
 
-def read_passages(learner: MAML, x, y, rows: int, repeat: int = 1):
+def read_passages(learner: MAML, x, y, rows: int, repeat=None):
     """learner.read, as many passages side by side as copies of the parameters may be made.
 
     Losses (P, R), and the last passage's phi (N,).
@@ -391,8 +393,9 @@ def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt
     how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
     on_gpu = device.type == "cuda"
     kind = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {device.type}"
-    K, tokens = cfg.inner_steps, cfg.tasks_per_step * cfg.batch_size * cfg.block_size
-    forwards = 3 if cfg.first_order or K == 0 else (12 * K + 3) / (K + 1)  # a token, as in maml.py
+    tokens = cfg.tasks_per_step * cfg.batch_size * cfg.block_size
+    steps = cfg.inner_steps * cfg.inner_repeats
+    forwards = ((3 if cfg.first_order else 12) * steps + 3) / (cfg.inner_steps + 1)  # as in maml.py
     # No text that the checkpoint was trained on may count as unseen.
     trained = {h for shards in data.trained.values() for h in shards.values()}
     trained |= {*ckpt.get("dataset", {}).get("trained", [])}
