@@ -252,7 +252,7 @@ def test_one_step_on_a_quadratic_has_the_closed_form(first_order, objective):
 @pytest.mark.parametrize("learned", ["no", "tensor", "element"])
 def test_the_meta_gradient_is_that_of_the_definition(K, optimizer, first_order, objective, learned):
     x, y = task()
-    for more in ({}, dict(inner_clip=0.5, inner_schedule="cosine", inner_warmup=1)):
+    for more in ({}, dict(inner_clip=0.5, inner_schedule="cosine", inner_warmup=1, inner_repeats=2)):
         learner = MAML(tiny_gpt(), K, 0.05, optimizer, first_order, objective, learned, **more)
         grads, loss = backward(learner.double(), x, y)
         defined, defined_loss = meta_grad(learner, x, y)
@@ -1110,9 +1110,8 @@ def documents_of(dataset, domain) -> list[list[str]]:
     """The texts of train and of val, whose ids are tiktoken's, an end-of-text id before each."""
     meta, found = json.loads((dataset / "meta.json").read_bytes()), []
     encoding = prepare_data.get_tokenizer(meta["tokenizer"])
-    for split in ("train", "val"):
-        paths = sorted(meta["domains"][domain]["shards"][split])
-        ids = np.concatenate([tasks.open_shard(dataset / path) for path in paths])
+    for shards in meta["domains"][domain]["shards"].values():
+        ids = np.concatenate([tasks.open_shard(dataset / path) for path in shards])
         parts = np.split(ids, np.flatnonzero(ids == meta["eot"]))[1:]
         found.append([encoding.decode(part[1:].tolist()) for part in parts])
         expected = ([meta["eot"], *encoding.encode_ordinary(text)] for text in found[-1])
@@ -1120,86 +1119,66 @@ def documents_of(dataset, domain) -> list[list[str]]:
     return found
 
 
-def two_domains(n=40) -> dict:
-    """{path: text} of n files each, of growing length."""
-    files = itertools.product(("père noël", "數學"), range(n))
-    text = "{} {}: <|endoftext|> is text here. "
-    return {f"{d}/{i:03}.md": text.format(d, i) + "é数 \n" * (i * 7) for d, i in files}
-
-
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_any_text_comes_back_from_its_tokens(prepare, name):
-    try:
-        prepare_data.get_tokenizer(name)
-    except SystemExit:
-        pytest.skip("the gpt2 encoding is neither cached nor reachable")
-    odd = ["plain", " \n\t\r\x00", "日本語 🙂 ∂x", "<|endoftext|>", "a" * 500]
-    texts = [f"{text}{i}" for text in odd for i in range(80)]
-    train, val = documents_of(prepare({"odd.jsonl": records(texts)}, "--tokenizer", name), "odd")
-    assert train + val == texts
-
-
-@pytest.mark.parametrize("most", [0, 30_000])
-def test_every_document_is_in_one_split_whole_and_val_is_the_last_share(prepare, monkeypatch, most):
-    """With --max_tokens a domain ends with a whole document."""
+@pytest.mark.parametrize("name, most, most_val", [("bytes", 0, 10**7), ("pairs", 20_000, 1000)])
+def test_documents_stay_whole_and_val_is_the_last_share(prepare, monkeypatch, name, most, most_val):
+    """Odd texts, longer and longer, none of 2,000 tokens; --max_tokens cuts none of them either."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"aa": 256, "数".encode()[:2]: 257}
+    options = dict(mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    pairs = prepare_data.tiktoken.Encoding("pairs", pat_str=r"\s+|\S+", **options)
+    monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", {"pairs": pairs}.get)
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 5000)
-    made = prepare(two_domains(), "--heldout", "數學", f"--max_tokens={most}")
+    monkeypatch.setattr(prepare_data, "VAL_TOKENS", most_val)
+    odd = "{}: <|endoftext|>\r\x00 日本語 🙂 " + "a" * 99
+    texts = {d: [odd.format(d) + "é数 \n" * n for n in range(0, 280, 7)] for d in ("père", "數學")}
+    options = [f"--tokenizer={name}", f"--max_tokens={most}"]
+    made = prepare({f"{d}.jsonl": records(texts[d]) for d in texts}, *options)
     for domain, entry in domains_of(made).items():
         train, val = documents_of(made, domain)
-        texts = [text for path, text in two_domains().items() if path.startswith(domain)]
         found, tokens = train + val, sum(entry["tokens"].values())
-        assert found == texts[: len(found)] and len(entry["shards"]["train"]) > 2
-        assert 30_000 <= tokens < 36_000 if most else found == texts
-        assert entry["role"] == ("heldout" if domain == "數學" else "train")
+        assert found == texts[domain][: len(found)] and len(entry["shards"]["train"]) > 2
+        assert most <= tokens < most + 2000 if most else found == texts[domain]
         assert entry["bytes"] == sum(len(text.encode()) for text in found)
         assert entry["documents"] == {"train": len(train), "val": len(val)}
-        assert 0.05 < entry["tokens"]["val"] / tokens < 0.15
+        assert abs(entry["tokens"]["val"] - min(tokens / 10, most_val)) < 1000
+
+
+def test_a_long_text_is_cut_at_line_ends_and_never_within_a_character(prepare, monkeypatch):
+    monkeypatch.setattr(prepare_data, "MAX_PIECE", 100)
+    lines, signs = "".join(f"line {i}\n" for i in range(200)), "數學" * 50
+    made = prepare({"lines.txt": lines, "signs.txt": signs})
+    train, val = documents_of(made, "lines")
+    assert "".join(train + val) == lines and len(train + val) > 9
+    assert all(len(part) <= 100 and part.endswith("\n") for part in train + val)
+    [train], [val] = documents_of(made, "signs")  # one document still gives both splits
+    assert train + val == signs and 0.05 < len(val) / len(train) < 0.2
+    assert domains_of(made)["signs"]["documents"] == {"train": 1, "val": 1}
 
 
 def test_roles_stay_until_it_is_said_otherwise_and_change_no_shard(prepare):
     files = {f"{d}.txt": f"{d} " * 99 for d in "abc"}
-    made = prepare(files, "--heldout", "a", "--tune", "b")
+    made = prepare(files, "--heldout=a", "--tune=b")
     shards = {path: path.stat().st_mtime_ns for path in made.rglob("*.bin")}
     for options, expected in (
         ([], ["heldout", "tune", "train"]),
-        (["--heldout", "b"], ["train", "heldout", "train"]),
-        (["--heldout", "", "--tune", "c"], ["train", "train", "tune"]),
+        (["--heldout=b"], ["train", "heldout", "train"]),
+        (["--heldout=", "--tune=c"], ["train", "train", "tune"]),
     ):
         prepare(files, *options)
         assert [domains_of(made)[d]["role"] for d in "abc"] == expected
     assert shards == {path: path.stat().st_mtime_ns for path in made.rglob("*.bin")}
 
 
-@pytest.mark.parametrize("text", ["數學" * 50, "".join(f"línea {i}\n" for i in range(100))])
-def test_one_document_still_gives_both_splits_and_no_character_is_cut(prepare, tmp_path, text):
-    made = prepare(write(tmp_path, {"book.txt": text}) / "book.txt")
-    [train], [val] = documents_of(made, "book")
-    assert train + val == text and 0.05 < len(val) / len(train) < 0.2
-    assert domains_of(made)["book"]["documents"] == {"train": 1, "val": 1}
-    assert "\n" not in text or val.startswith("línea")
-
-
-@pytest.mark.parametrize("name", ["book.txt", "book.jsonl"])
-def test_a_long_document_is_cut_at_line_ends(prepare, monkeypatch, name):
-    monkeypatch.setattr(prepare_data, "MAX_DOCUMENT", 100)
-    text = "".join(f"line {i}\n" for i in range(200))
-    content = records([text]) if name.endswith("jsonl") else text
-    train, val = documents_of(prepare({name: content}), "book")
-    documents = train + val
-    assert "".join(documents) == text and len(documents) > 9
-    assert all(len(part) <= 100 and part.endswith("\n") for part in documents)
-
-
 def test_a_shard_cut_short_is_refused(prepare):
-    made = prepare(two_domains())
-    [(name, digest)] = domains_of(made)["數學"]["shards"]["train"].items()
-    whole = (made / name).read_bytes()
-    assert whole == shard_of(tasks.open_shard(made / name))
-    assert hashlib.sha256(whole).hexdigest() == digest
+    made = prepare({"a.txt": "some text"})
+    path = made / "a/train_000000.bin"
+    whole = path.read_bytes()
+    assert whole == shard_of(tasks.open_shard(path))
+    digests = {"a/train_000000.bin": hashlib.sha256(whole).hexdigest()}
+    assert digests == domains_of(made)["a"]["shards"]["train"]
     for content in (whole[:-2], b"text"):
-        (made / name).write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=r"train_000000.*prepare it"):
-            tasks.open_shard(made / name)
+            tasks.open_shard(path)
 
 
 def test_bad_records_are_counted_and_duplicates_dropped_over_all_domains(prepare):
@@ -1207,90 +1186,92 @@ def test_bad_records_are_counted_and_duplicates_dropped_over_all_domains(prepare
     a += '{broken\n{"no": "text"}\n{"text": "\\ud800"}\n{"text": " "}\n'
     b = b"\xff\xfe bad\n<|endoftext|>\ndocument 1<|endoftext|>\n<|endoftext|>\nown\n"
     b += b"<|endoftext|>\nother\n<|endoftext|>\nown\n"
-    domains = domains_of(prepare({"a.jsonl": a, "b.txt": b, "c.jsonl": records(["own\n", "new"])}))
-    assert domains["a"]["skipped"] == {"duplicate": 10, "malformed": 3}
-    assert domains["b"]["skipped"] == {"duplicate": 1, "malformed": 1}
-    assert domains["c"]["skipped"] == {"duplicate": 1}
-    assert [sum(domains[d]["documents"].values()) for d in "ab"] == [30, 3]
+    c = gzip.compress(records(["own\n", "newer", "new"]).encode())
+    made = prepare({"a.jsonl": a, "b.txt": b, "c.jsonl.gz": c, "d.jsonl": '"no text"\n'})
+    found = {d: (e["skipped"], sum(e["documents"].values())) for d, e in domains_of(made).items()}
+    assert found.pop("a") == ({"duplicate": 10, "malformed": 3}, 30)
+    assert found.pop("b") == ({"duplicate": 1, "malformed": 1}, 3)
+    assert found == {"c": ({"duplicate": 1}, 2)}  # d has no text
 
 
 def test_a_user_s_mistake_names_the_remedy(prepare, tmp_path, monkeypatch):
-    made = prepare(two_domains(), name="made")
+    made = prepare({f"{d}.txt": f"{d} " * 99 for d in "abc"}, name="made")
     wide = SimpleNamespace(n_vocab=100277)
     monkeypatch.setattr(prepare_data.tiktoken, "get_encoding", lambda name: wide)
-    (tmp_path / "empty").mkdir()
-    write(tmp_path, {"x/local/a.txt": "text"})
-    for folder, options, name, remedy in (
-        ("text", ["--heldout", "數字"], "set", "數學"),
-        ("text", ["--heldout", "數學", "--tune", "père noël"], "made", "name fewer"),
-        ("text", ["--tokenizer", "cl100k_base"], "wide", "uint16: use gpt2 or bytes"),
-        ("text", ["--max_tokens", "500"], "made", "--overwrite"),
-        ("empty", [], "new", "give a folder of text"),
-        ("nothing", [], "nothing", "common_pile"),
-        ("x/local", [], "x", "rename it"),  # or it would be taken for the source of that name
+    write(tmp_path, {"cut.jsonl.gz": gzip.compress(records(["text"]).encode())[:-9]})
+    write(tmp_path, {"local/uspto.txt": "other", "empty/.git/a.txt": "any", "empty/a.png": "any"})
+    for source, option, name, remedy in (
+        ("text", "--heldout=d", "made", "no domain 'd': choose from a, b, c"),
+        ("text", "--heldout=a,b,c", "made", "name fewer"),
+        ("text", "--tokenizer=cl100k_base", "wide", "uint16: use gpt2 or bytes"),
+        ("text", "--max_tokens=500", "made", "--overwrite, or another --name"),
+        ("local", "--tune=", "made", "--overwrite, or another --name"),
+        ("text", "--tune=", "text", "something else: choose another --name"),
+        ("empty", "--tune=", "new", "give local, common_pile, a folder of text"),
+        ("cut.jsonl.gz", "--tune=", "cut", r"cut\.jsonl\.gz: EOFError.*: mend that"),
     ):
         with refused(match=remedy):
-            prepare(tmp_path / folder, *options, name=name)
+            prepare(tmp_path / source, option, name=name)
     assert {entry["role"] for entry in domains_of(made).values()} == {"train"}
+    prepare(tmp_path / "local", name="x")  # whose domain is not held out by its name
 
 
-STOPPED = """
-import os, signal, sys, prepare_data
+def killed(n, *command) -> bool:
+    """Whether it is killed, in a process of its own, when it uses a file for the n-th time."""
+    uses = itertools.count(1)
 
-left, prepare_data.SHARD_TOKENS = int(sys.argv[1]), 5_000
+    def kill(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir") and next(uses) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "open" and arguments[1] == "w":
+            assert str(arguments[0]).endswith(".tmp")  # nothing is half written where it is read
 
-def kill(event, arguments):
-    global left
-    left -= event == "os.rename"
-    if event == "os.rename" and left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(kill)
-prepare_data.main(sys.argv[2:])
-"""
+    if child := os.fork():
+        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    sys.addaudithook(kill)
+    try:
+        prepare_data.main([*map(str, command)])
+    finally:
+        os._exit(0)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes_for_any_number_of_workers(tmp_path):
-    """Killed when the 7th file is renamed into its place, then at the 8th, ...; a domain has 8."""
-    files = {f"{d}/{i}.md": f"{d} {i} " + "é数 \n" * i for d in "abcdef" for i in range(90)}
-    files |= {f"{d}/copy.md": "in three domains" for d in "ace"}
-    source, parts, whole = write(tmp_path / "text", files), tmp_path / "parts", tmp_path / "whole"
-    make = partial(run, "-c", STOPPED, cwd=HERE)
-    make(0, source, "--name=set", f"--data_dir={whole}", "--workers=1")
-    kills = 0
-    while make(7 + kills, source, "--name=set", f"--data_dir={parts}", "--workers=3").returncode:
+def test_killed_again_and_again_it_ends_with_the_same_bytes(prepare, tmp_path, monkeypatch):
+    """A domain takes 203 uses of files, the last 20 for its shards: where each run is killed."""
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 5000)
+    files = {f"{d}/{i}.md": f"{d} {i} " + "é数 \n" * i for d in "abcdefgh" for i in range(90)}
+    whole = prepare(files | {f"{d}/copy.md": "in three domains" for d in "ace"}, name="whole")
+    parts = prepare(write(tmp_path, {"z.txt": "to overwrite"}) / "z.txt", name="parts")
+    command, kills = [tmp_path / "text", "--name=parts", f"--data_dir={tmp_path}"], 0
+    assert killed(300, *command, "--overwrite")
+    while killed(390 + 3 * kills, *command):
         kills += 1
         assert kills < 9, "it does not go on but starts anew"
         assert all(len(tasks.open_shard(path)) for path in parts.rglob("*.bin"))
     read = [{p.relative_to(d): p.read_bytes() for p in d.rglob("*.*")} for d in (parts, whole)]
-    assert read[0] == read[1] and len(read[0]) > 20 and kills > 2
-    assert not list(parts.rglob("*.tmp"))
-    assert domains_of(whole / "set")["c"]["skipped"] == {"duplicate": 1}
+    assert read[0] == read[1] and len(read[0]) > 20 and kills > 4
+    assert domains_of(whole)["c"]["skipped"] == {"duplicate": 1}
 
 
-def test_one_dataset_of_many_domains_streams_through_datasets(prepare, tmp_path, monkeypatch):
+def test_one_dataset_of_many_domains_streams_through_datasets(prepare, tmp_path):
     pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = [{"text": f"row {i} " * 9, "meta": {"set": "b" if i % 3 else "a/x"}} for i in range(300)]
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    for part, half in enumerate((rows[:150], rows[150:])):
-        with gzip.open(folder / f"{part}.json.gz", "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in half)
-    options = ["--tokenizer", "bytes", "--domain_field", "meta.set", "--heldout", "a_x"]
-    made = prepare("local", "--hf", f"{folder}/", *options)
-    rare = domains_of(made)["a_x"]
-    assert sum(rare["documents"].values()) == 100 and rare["role"] == "heldout"
+    rows = [{"text": f"row {i} " * 9, "in": {"set": "b" if i % 3 else "a/x"}} for i in range(300)]
+    write(tmp_path, {"rows/0.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    hub = ["local", "--hf", f"{tmp_path}/rows/", "--tokenizer=bytes"]
+    made = prepare(*hub, "--domain_field=in.set", "--heldout=a_x", "--max_tokens=8000")
+    train, val = documents_of(made, "a_x")
+    assert train + val == [row["text"] for row in rows[::3]]
     train, val = documents_of(made, "b")
-    assert train + val == [row["text"] for i, row in enumerate(rows) if i % 3]
-    whole = prepare("local", "--hf", f"{folder}/", *options[:2], name="whole")
-    assert sum(domains_of(whole)["rows"]["documents"].values()) == 300
+    assert train + val == [row["text"] for i, row in enumerate(rows) if i % 3][: len(train + val)]
+    assert 8000 <= sum(domains_of(made)["b"]["tokens"].values()) < 8100
+    assert domains_of(made)["a_x"]["role"] == "heldout"
+    assert sum(domains_of(prepare(*hub, name="whole"))["rows"]["documents"].values()) == 300
 
 
 def test_local_needs_no_package_beyond_the_requirements(prepare, monkeypatch):
     absent, find = ("sympy", "networkx", "mpmath", "PIL"), importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in absent else find(n))
-    domains = domains_of(prepare("local", "--max_mb", "0.1"))
+    domains = domains_of(prepare("local", "--max_mb=0.1"))
+    assert max(entry["bytes"] for entry in domains.values()) < 2e6
     roles = {domain: entry["role"] for domain, entry in domains.items()}
     assert roles["cpp_headers"] == roles["python_docs"] == "heldout" != roles["type_stubs"]
     assert {"python_code", "torch_code", "science_code", "tests"} <= roles.keys()
