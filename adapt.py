@@ -14,9 +14,8 @@ counts once, before it was learned. Three rules of learning, for every checkpoin
 """
 
 import argparse
-import dataclasses
 import json
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,166 +29,66 @@ from plot import fewer_examples
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
 
+RULES = ("none", "adamw", "own")
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
 START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the search for AdamW's best
 
-# --------------------------------------------------------------------------------------------------
-# reading: the learner's own inner loop, passages side by side
 
-
-def own_learner(model: GPT, ckpt: dict) -> tuple[MAML, int]:
-    """The inner loop that the checkpoint was trained with, its learned rates, its rows a chunk."""
-    cfg = dataclasses.replace(train.Config(**ckpt["config"]), compile=False, dtype="float32")
-    learner = train.make_learner(cfg, model)
-    train.load_rates(learner, ckpt["learner"])
-    return learner, cfg.batch_size // (cfg.inner_steps + 1)
-
-
-def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float) -> MAML:
-    for name, p in model.named_parameters():
-        p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
-    learner = MAML(model, inner_lr=lr, inner_optimizer="adamw", inner_clip=1.0)
-    model.requires_grad_(True)
-    learner.update = partial(adamw, beta2=beta2)
-    return learner
-
-
-@torch.no_grad()
-def read(model: GPT, ckpt: dict, rule: str, x, y, steps=None, **options):
-    """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
-
-    And the parameters after the last passage, by name.
-    """
-    if rule == "none":
-        rows = (t.flatten(0, 1).split(1) for t in (x, y))  # P * R times (1, T)
-        losses = torch.stack([model(*row)[1] for row in zip(*rows, strict=True)])
-        return losses.view(x.shape[:2]).cpu().numpy(), dict(model.named_parameters())
-    if rule == "own":
-        learner, chunk = own_learner(model, ckpt)
-        chunk = min(chunk, x.size(1) // 2)  # a short text is learned in its middle at least
+def adapt(args):
+    """Reads unseen domains, or a text, by each rule. ValueError says what is wrong with args."""
+    path = Path(args.run)
+    path = path if path.suffix == ".pt" else path / "ckpt.pt"
+    ckpt, model = train.load_checkpoint(path)
+    model.to(train.pick_device(args.device))
+    has_own = ckpt.get("config", {}).get("inner_steps", 0) > 0
+    rules = args.rules or (RULES if has_own else RULES[:2])
+    if "own" in rules and not has_own:
+        raise ValueError(f"{path} has no inner loop of its own: leave 'own' out")
+    if args.text:
+        tokenizer = get_tokenizer(ckpt.get("dataset", {}).get("tokenizer", "gpt2"))  # nanoGPT's
+        passages, tune = {args.text: passage_of_text(args.text, tokenizer, model)}, []
     else:
-        learner, chunk = adamw_learner(model, **options), 1
-    losses, phi = train.read_passages(learner.to(x.device), x, y, chunk, steps)
-    return losses.cpu().numpy(), learner.by_name(phi)
+        data, passages = unseen_passages(args, ckpt, rules)
+        tune = [domain for domain in passages if data.roles[domain] == "tune"]
+    heldout = [name for name in passages if name not in tune] or tune
 
+    def on_tune(options) -> float:
+        losses = [read(model, ckpt, "adamw", *passages[domain], **options)[0] for domain in tune]
+        return np.nan_to_num(np.mean([loss.mean() for loss in losses]), nan=np.inf)
 
-def best_adamw(measure) -> dict:
-    """Options of AdamW from which no single change lowers `measure`, a loss; hill climbing."""
-
-    @cache
-    def loss(**options):
-        found = measure(options)
-        return found if np.isfinite(found) else np.inf
-
-    best, moved = START, True
-    while moved:
-        lr, steps = best["lr"], best["steps"]
-        changes = [{"lr": lr / 2}, {"lr": 2 * lr}]
-        if steps < 4:
-            changes += [{"steps": 2 * steps, "lr": lr / 2}, {"steps": 2 * steps}]
-        beta2 = 0.99 if best["beta2"] == 0.95 else 0.95
-        changes += [{"frozen": not best["frozen"]}, {"beta2": beta2}]
-        better = next((best | c for c in changes if loss(**best | c) < loss(**best)), None)
-        best, moved = better or best, better is not None
-    print(f"adamw with {best} reads the tune domains best")
-    return best
-
-
-# --------------------------------------------------------------------------------------------------
-# the unseen domains of a dataset, or a text of one's own
-
-
-def adapt_to_domains(args, path: Path, model: GPT, ckpt: dict, device):
-    """Reads val passages of unseen domains by each rule; the log gets rows, the screen tables."""
-    cfg, log = ckpt["config"], path.parent / "log.jsonl"
-    T = cfg["block_size"]
-    data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
-    if data.meta["tokenizer"] != ckpt["dataset"]["tokenizer"]:
-        raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
-    passages = unseen_passages(data, ckpt, args, device)
-    tune = [d for d in passages if data.roles[d] == "tune"]
-    heldout = [d for d in passages if d not in tune] or tune
-
-    def on_tune(options):
-        losses = [read(model, ckpt, "adamw", *passages[d], **options)[0] for d in tune]
-        return np.mean([loss.mean() for loss in losses])
-
-    options = {rule: {} for rule in args.rules or rules_of(ckpt)}
-    learned = T * cfg["batch_size"] // (cfg["inner_steps"] + 1)  # tokens at a time
-    if "own" in options and args.tokens < 2 * learned:
-        raise ValueError(f"{path} learns {learned:,} tokens at a time: read --tokens {4 * learned}")
-    if "adamw" in options:
-        options["adamw"] = best_adamw(on_tune) if tune else chosen_adamw(log)
-    at = {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
-    curves = {domain: {} for domain in passages}  # {domain: {rule: (R,)}}
-    for rule, chosen in options.items():
-        for domain, xy in passages.items():
-            losses, _ = read(model, ckpt, rule, *xy, **chosen)  # (P, R)
-            row = {
-                "kind": "adapt",
-                "dataset": data.root.name,
-                **at,
-                "domain": domain,
-                "role": "tune" if domain in tune else "heldout",
-                "rule": rule,
-                "options": chosen,
-                "row_tokens": T,
-                "passages": len(losses),
-                "loss": losses.mean(0, dtype=float).round(4).tolist(),
-                "by_passage": losses.mean(1, dtype=float).round(4).tolist(),
-            }
-            if path.name == "ckpt.pt":  # another checkpoint is not the run's result
+    options, tuned = {rule: {} for rule in rules}, None
+    if "adamw" in rules:
+        tuned = best_adamw(on_tune) if tune else chosen_adamw(path.parent / "log.jsonl")
+        options["adamw"] = tuned or START
+        if not tuned:
+            print("adamw is not tuned: adapt this run to a dataset with tune domains first")
+    curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
+    for name, (x, y) in passages.items():
+        P, _, T = x.shape
+        for rule in rules:
+            losses, learned = read(model, ckpt, rule, x, y, **options[rule])  # (P, R)
+            curves[name][rule] = losses.mean(0, dtype=float).round(4)
+            # Another checkpoint is not the run's result, and plot.py calls every AdamW tuned.
+            if path.name == "ckpt.pt" and not args.text and (tuned or rule != "adamw"):
+                at = {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
+                row = {"kind": "adapt", "dataset": data.root.name, **at, "domain": name}
+                row |= {"role": "tune" if name in tune else "heldout", "rule": rule}
+                row |= {"options": options[rule], "row_tokens": T, "passages": P}
+                row["loss"] = curves[name][rule].tolist()
+                row["by_passage"] = losses.mean(1, dtype=float).round(4).tolist()
                 train.append_row(path.parent, row)
-            curves[domain][rule] = np.array(row["loss"])
-    for domain, (x, _) in passages.items():
-        table(domain, curves[domain], T, len(x))
-    mean = {rule: np.mean([curves[d][rule] for d in heldout], 0) for rule in options}
+        table(name, curves[name], T, P)
+    mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
     if len(heldout) > 1:
-        P = sum(len(passages[d][0]) for d in heldout)
+        P = sum(len(passages[name][0]) for name in heldout)
         table("mean of " + ", ".join(heldout), mean, T, P)
-    if tune or options.get("adamw") is not START:
-        print_fewer_examples(mean, T)
+    if tuned and "own" in rules:
+        print(fewer_examples("own", mean["own"], mean["adamw"], T))
 
-
-def unseen_passages(data: Dataset, ckpt: dict, args, device) -> dict:
-    """{domain: (x, y) of (P, R, T)}, of domains whose text the checkpoint was never trained on."""
-    passages, R = {}, -(-args.tokens // data.T)
-    for domain in data.unseen(ckpt["dataset"]["trained"]):
-        x, y = data.passages(domain, args.passages, R)
-        if x.size(1) < R:
-            few = f"the val split of {domain!r} has only {x.numel():,} tokens"
-            raise ValueError(f"{few}: give it more text, or use --tokens {x.numel()}")
-        passages[domain] = (x.to(device), y.to(device))
-    if not passages:
-        raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
-    return passages
-
-
-def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):
-    """Reads a text from its first row to its last, and shows a sample before and after."""
-    tokenizer = get_tokenizer(ckpt.get("dataset", {}).get("tokenizer", "gpt2"))  # nanoGPT's
-    ids = np.array(tokenizer.encode_ordinary(Path(args.text).read_text(encoding="utf-8")))
-    if ids.max(initial=0) >= model.config.vocab_size:
-        few = f"{path} knows {model.config.vocab_size} ids, fewer than {tokenizer.name} has"
-        raise ValueError(f"{few}: use a checkpoint that was trained on its tokens")
-    T = min(model.config.block_size, len(ids) // 8)  # a short text is cut into short rows
-    if T < 4:
-        raise ValueError(f"{args.text} has only {len(ids)} tokens: give at least 32")
-    rows = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::T]  # (R, T + 1)
-    x, y = (t.to(device) for t in batch(rows[None]))
-    options = {rule: {} for rule in args.rules or rules_of(ckpt)}
-    if "adamw" in options:
-        options["adamw"] = chosen_adamw(path.parent / "log.jsonl")
-    curves = {}
-    for rule, chosen in options.items():
-        losses, phi = read(model, ckpt, rule, x, y, **chosen)
-        curves[rule] = losses[0]
-    table(args.text, curves, T, 1)
-    if options.get("adamw") is not START:  # less than an untuned AdamW needs is no praise
-        print_fewer_examples(curves, T)
-    print(f"\nbefore:\n{sample(model, tokenizer, args, device)}")
-    model.load_state_dict(phi, strict=False)
-    print(f"\nafter reading by {rule!r}:\n{sample(model, tokenizer, args, device)}")
+    if args.text:
+        print(f"\nbefore:\n{sample(args, model, tokenizer)}")
+        model.load_state_dict(learned, strict=False)
+        print(f"\nafter reading by {rules[-1]!r}:\n{sample(args, model, tokenizer)}")
     if args.save:
         kept = {key: value for key, value in ckpt.items() if key != "optimizer"}
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
@@ -197,29 +96,102 @@ def adapt_to_text(args, path: Path, model: GPT, ckpt: dict, device):
         print(f"\nsaved: python adapt.py {args.save} --text FILE goes on from here")
 
 
-def rules_of(ckpt: dict) -> list[str]:
-    """Those that a checkpoint can be read by; the last is the one that a text is learned by."""
-    has_own = ckpt.get("config", {}).get("inner_steps")
-    return ["none", "adamw", "own"] if has_own else ["none", "adamw"]
+def unseen_passages(args, ckpt: dict, rules) -> tuple[Dataset, dict]:
+    """A dataset, and passages (x, y) by domain, if the checkpoint was not trained on its text."""
+    if "dataset" not in ckpt:
+        raise ValueError(f"{args.run} does not say what it was trained on: give a --text to read")
+    cfg, T = ckpt["config"], ckpt["config"]["block_size"]
+    data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
+    if data.meta["tokenizer"] != ckpt["dataset"]["tokenizer"]:
+        raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
+    n = T * cfg["batch_size"] // (cfg["inner_steps"] + 1)
+    if "own" in rules and args.tokens < 2 * n:
+        raise ValueError(f"{args.run} learns {n:,} tokens at a time: read --tokens {4 * n}")
+    R, passages = -(-args.tokens // T), {}
+    for domain in data.unseen(ckpt["dataset"]["trained"]):
+        x, y = data.passages(domain, args.passages, R)
+        if x.size(1) < R:
+            raise ValueError(f"{domain!r} is too short: add text, or use --tokens {x.numel()}")
+        passages[domain] = (x, y)
+    if not passages:
+        raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
+    return data, passages
 
 
-def chosen_adamw(log: Path) -> dict:
-    """What adapting this run to its tune domains chose, or where that search begins."""
+def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
+    """One passage, of a file from its first row to its last."""
+    ids = np.array(tokenizer.encode_ordinary(Path(text).read_text(encoding="utf-8")))
+    if ids.max(initial=0) >= model.config.vocab_size:
+        few = f"the checkpoint knows {model.config.vocab_size} ids, too few for {tokenizer.name}"
+        raise ValueError(f"{few}: use one that was trained on its tokens")
+    T = min(model.config.block_size, len(ids) // 8)  # a short text is cut into short rows
+    if T < 4:
+        raise ValueError(f"{text} has only {len(ids)} tokens: give at least 32")
+    rows = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::T]  # (R, T + 1)
+    return batch(rows[None])
+
+
+# --------------------------------------------------------------------------------------------------
+# reading: the learner's own inner loop, passages side by side
+
+
+@torch.no_grad()
+def read(model: GPT, ckpt: dict, rule: str, x, y, **options):
+    """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
+
+    And the parameters that have learned the last passage, by name.
+    """
+    device = next(model.parameters()).device
+    x, y = x.to(device), y.to(device)
+    if rule == "none":
+        rows = zip(x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None], strict=True)  # of (1, T)
+        losses = torch.stack([model(*row)[1] for row in rows])
+        return losses.view(x.shape[:2]).cpu().numpy(), {}
+    if rule == "adamw":
+        learner, chunk = adamw_learner(model, **options), 1
+    else:
+        cfg = train.Config(**ckpt["config"] | {"compile": False, "dtype": "float32"})
+        learner = train.make_learner(cfg, model)
+        train.load_rates(learner, ckpt["learner"])
+        chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
+        chunk = min(chunk, x.size(1) // 2)  # a short text is learned in its middle at least
+    losses, phi = train.read_passages(learner, x, y, chunk)
+    return losses.cpu().numpy(), learner.by_name(phi)
+
+
+def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float, steps: int = 1) -> MAML:
+    for name, p in model.named_parameters():
+        p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
+    learner = MAML(model, 1, lr, "adamw", inner_clip=1.0, inner_repeats=steps)
+    model.requires_grad_(True)
+    learner.update = partial(adamw, beta2=beta2)
+    return learner
+
+
+def best_adamw(measure) -> dict:
+    """Options of AdamW from which no change below lowers `measure`, a loss: hill climbing."""
+    best, lowest, tried = START, measure(START), [START]
+    while True:
+        lr, steps = best["lr"], best["steps"]
+        changes = [{"steps": 2 * steps, "lr": lr / 2}] if steps < 4 else []
+        changes += [{"lr": lr / 2}, {"lr": 2 * lr}]
+        changes += [{"frozen": not best["frozen"]}, {"beta2": 0.95}, {"beta2": 0.99}]
+        untried = [best | change for change in changes if best | change not in tried]
+        if not untried:
+            print(f"adamw with {best} reads the tune domains best")
+            return best
+        tried.append(untried[0])
+        loss = measure(untried[0])
+        if loss < lowest:
+            best, lowest = untried[0], loss
+
+
+def chosen_adamw(log: Path) -> dict | None:
+    """What adapting this run to its tune domains chose the last time; None if it never did."""
     lines = log.read_text().splitlines() if log.is_file() else []
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("rule") == "adamw" and row["role"] == "tune"]
-    chosen = [row["options"] for row in rows]
-    if not chosen:
-        print("adamw is not tuned: adapt this run to a dataset with tune domains first")
-    return chosen[-1] if chosen else START
-
-
-def sample(model: GPT, tokenizer, args, device) -> str:
-    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
-    x, dice = torch.tensor([prompt], device=device), torch.Generator(device).manual_seed(1)
-    ids = model.generate(x, args.max_new_tokens, temperature=0.8, top_k=200, generator=dice)
-    known = [i for i in ids[0].tolist() if i < tokenizer.n_vocab]  # the model's ids are padded
-    return tokenizer.decode(known, errors="replace")
+    return rows[-1]["options"] if rows else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,20 +206,24 @@ def table(title: str, curves: dict, T: int, passages: int):
     print(f"\n{title}: nats per token, {passages} passages")
     print(f"{'rule':8}{'mean':>9}" + "".join(f"{head:>10}" for head in heads))
     for rule, curve in curves.items():
-        means = [curve.mean(), *(curve[a:b].mean() for a, b in pairwise(edges))]
-        print(f"{rule:8}{means[0]:9.3f}" + "".join(f"{mean:10.3f}" for mean in means[1:]))
+        means = "".join(f"{curve[a:b].mean():10.3f}" for a, b in pairwise(edges))
+        print(f"{rule:8}{curve.mean():9.3f}{means}")
 
 
-def print_fewer_examples(curves: dict, T: int):
-    if "own" in curves and "adamw" in curves:
-        print(fewer_examples("own", curves["own"], curves["adamw"], T))
+def sample(args, model: GPT, tokenizer) -> str:
+    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+    device = next(model.parameters()).device
+    x, dice = torch.tensor([prompt], device=device), torch.Generator(device).manual_seed(1)
+    ids = model.generate(x, args.max_new_tokens, temperature=0.8, top_k=200, generator=dice)
+    known = [i for i in ids[0].tolist() if i < tokenizer.n_vocab]  # the model's ids are padded
+    return tokenizer.decode(known, errors="replace")
 
 
 def main(argv: list[str] | None = None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("run", help="the folder of a run, or a checkpoint's path")
-    parser.add_argument("--rules", nargs="+", choices=["none", "adamw", "own"], help="default: all")
+    parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all")
     parser.add_argument("--dataset", help="whose domains are read; default: the run's own")
     parser.add_argument("--data_dir", help="where the dataset is, if it was moved")
     parser.add_argument("--passages", type=int, default=16, help="of each domain")
@@ -259,18 +235,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--max_new_tokens", type=int, default=300)
     args = parser.parse_args(argv)
     try:
-        path = Path(args.run)
-        path = path if path.suffix == ".pt" else path / "ckpt.pt"
-        ckpt, model = train.load_checkpoint(path)
-        device = train.pick_device(args.device)
-        if unknown := set(args.rules or []) - set(rules_of(ckpt)):
-            raise ValueError(f"{path} has no inner loop of its own: leave {min(unknown)!r} out")
         if args.tokens < 1 or args.passages < 1 or (args.save and not args.text):
             raise ValueError("--tokens and --passages must be positive, and --save needs --text")
-        adapt = adapt_to_text if args.text else adapt_to_domains
-        if not args.text and "tokens" not in ckpt:
-            raise ValueError(f"{path} does not say what it was trained on: give a --text to read")
-        adapt(args, path, model.to(device), ckpt, device)
+        adapt(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"adapt.py: {error}") from None
 

@@ -233,12 +233,12 @@ class MAML(nn.Module):
         return self.update(phi, g, factor * rates, state)
 
     @torch.no_grad()
-    def read(self, x: Tensor, y: Tensor, rows: int = 1, repeat=None) -> tuple[Tensor, Tensor]:
+    def read(self, x: Tensor, y: Tensor, rows: int = 1) -> tuple[Tensor, Tensor]:
         """Reads P passages side by side, x and y (P, R, T): each chunk is predicted, then learned.
 
         Returns the loss of each row's chunk before it was learned, (P, R), and every passage's phi
-        at the end, (P, N). A chunk has `rows` rows and is learned `repeat` times. vmap(step) is
-        step for all passages at once, each with a phi of its own.
+        at the end, (P, N). A chunk has `rows` rows. vmap(step) is step for all passages at once,
+        each with a phi of its own.
         """
 
         def step(phi, state, x, y, factor):
@@ -251,7 +251,7 @@ class MAML(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no rule for vmap
             chunks = list(zip(x.split(rows, 1), y.split(rows, 1), strict=True))  # (P, rows, T)
             for chunk, factor in zip(chunks, self.factors(len(chunks)), strict=True):
-                for again in range(repeat or self.inner_repeats):
+                for again in range(self.inner_repeats):
                     loss, phi, state = vmap(step, (0, 0, 0, 0, None))(phi, state, *chunk, factor)
                     if not again:
                         losses += [loss] * chunk[0].size(1)  # a row's loss is its chunk's

@@ -20,7 +20,23 @@ WORDS = {"none": "no learning", "adamw": "tuned AdamW", "own": "its own rates"}
 STYLES = {"none": ":", "adamw": "--", "own": "-"}
 
 # --------------------------------------------------------------------------------------------------
-# logs
+# logs, curves, measures
+
+
+def read_methods(paths: list[Path]) -> dict[str, list[list[dict]]]:
+    """{name: the logs of its seeds}, in the order of the paths."""
+    methods, units = {}, set()
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        rows = read_log(path)
+        name = path.parent.name if path.name == "log.jsonl" else path.stem
+        runs = methods.setdefault(re.sub(r"_s\d+$", "", name), [])
+        if any(run[0]["config"]["seed"] == rows[0]["config"]["seed"] for run in runs):
+            raise SystemExit(f"two runs named {name!r} have one seed: rename a folder or a log")
+        runs.append(rows)
+        units.add(rows[0]["dataset"]["tokenizer"])
+    if len(units) > 1:
+        raise SystemExit(f"losses of {' and '.join(units)} tokens do not compare: plot apart")
+    return methods
 
 
 def read_log(path: Path) -> list[dict]:
@@ -30,60 +46,57 @@ def read_log(path: Path) -> list[dict]:
         raise SystemExit(f"no log at {log}: pass the out_dir of a run of train.py")
     try:
         rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
-        kinds = [row["kind"] for row in rows]
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise SystemExit(f"{log} has a line that is no row ({error}): delete that line") from None
+    kinds = [row.get("kind") for row in rows]
     if kinds[:1] != ["run"] or "val" not in kinds:
         raise SystemExit(f"{log} lacks its header or an evaluation: wait, or train again")
     return rows
 
 
-def read_methods(paths: list[Path]) -> dict[str, list[list[dict]]]:
-    """{name: the logs of its seeds}, in the order of the paths."""
-    methods = {}
-    for path in dict.fromkeys(path.resolve() for path in paths):
-        name = path.parent.name if path.name == "log.jsonl" else path.stem
-        runs = methods.setdefault(re.sub(r"_s\d+$", "", name), [])
-        runs.append(read_log(path))
-        if len({rows[0]["config"]["seed"] for rows in runs}) < len(runs):
-            raise SystemExit(f"two runs named {name!r} have one seed: rename a folder or a log")
-    units = {rows[0]["dataset"]["tokenizer"] for runs in methods.values() for rows in runs}
-    if len(units) > 1:
-        raise SystemExit(f"losses of {' and '.join(units)} tokens do not compare: plot apart")
-    return methods
-
-
-def training_curve(rows: list[dict], table: str) -> np.ndarray:
-    """(evaluations, 2): training tokens, and the mean loss on the held-out domains."""
-    roles, points = rows[0]["dataset"]["roles"], []
-    for row in rows:
-        losses = row[table] if row["kind"] == "val" else {}
-        if heldout := [loss for d, loss in losses.items() if roles[d] == "heldout"]:
-            points.append((row["tokens"], np.mean(heldout)))
-    return np.array(points).reshape(-1, 2)
-
-
 def reading_curve(rows: list[dict], rule: str, dataset: str | None = None):
-    """(tokens of a row, mean loss of each row (R,)) over the held-out domains; None if not read."""
-    dataset, found = dataset or rows[0]["dataset"]["name"], {}
-    for row in rows:  # newer rows replace older ones
-        if (row["kind"], row.get("role")) != ("adapt", "heldout"):
-            continue
-        if (row["rule"], row["dataset"]) == (rule, dataset):
-            found[row["domain"]] = row
+    """(tokens read after each row, its loss over the held-out domains), (R,); None if not read."""
+    wanted = {"kind": "adapt", "role": "heldout", "rule": rule}
+    wanted["dataset"] = dataset or rows[0]["dataset"]["name"]
+    found = {row["domain"]: row for row in rows if wanted.items() <= row.items()}  # the newest
     if not found:
         return None
+    loss = np.mean([row["loss"] for row in found.values()], axis=0)
     T = next(iter(found.values()))["row_tokens"]
-    return T, np.mean([row["loss"] for row in found.values()], axis=0)
+    return T * np.arange(1, len(loss) + 1), loss
 
 
-# --------------------------------------------------------------------------------------------------
-# measures
+def training_curve(rows: list[dict], rule: str):
+    """(training tokens, loss over the held-out domains) of evaluations; None if it is constant."""
+    table = {"none": "loss", "own": "online"}.get(rule)
+    roles, points = rows[0]["dataset"]["roles"], {}
+    for row in rows:
+        losses = row.get(table, {}) if row["kind"] == "val" else {}
+        heldout = [loss for domain, loss in losses.items() if roles[domain] == "heldout"]
+        if heldout:
+            points[row["tokens"]] = np.mean(heldout)
+    if len(set(points.values())) < 2:
+        return None
+    return list(points), list(points.values())
+
+
+def lines_of(methods: dict, curve_of) -> dict[tuple[str, str], tuple]:
+    """{(name, rule): (x (n,), y (seeds, n))}, of the seeds that have a curve."""
+    lines = {}
+    for name, runs in methods.items():
+        for rule in STYLES:
+            curves = [curve_of(rows, rule) for rows in runs]
+            curves = [curve for curve in curves if curve]
+            if curves:
+                x = min((x for x, _ in curves), key=len)  # a seed may not have come as far
+                lines[name, rule] = x, np.array([y[: len(x)] for _, y in curves])
+    return lines
 
 
 def running(curve: np.ndarray) -> np.ndarray:
-    """The loss over the later half of what was read, after each row of `curve`, (R,)."""
-    return np.array([np.mean(curve[n // 2 : n]) for n in range(1, len(curve) + 1)])
+    """The loss over the later half of what was read, after each row of `curve`, (..., R)."""
+    ends = range(1, curve.shape[-1] + 1)
+    return np.stack([curve[..., n // 2 : n].mean(-1) for n in ends], -1)
 
 
 def tokens_needed(curve: np.ndarray, level: float, T: int) -> int | None:
@@ -98,78 +111,53 @@ def fewer_examples(name: str, curve: np.ndarray, adamw: np.ndarray, T: int) -> s
     n = tokens_needed(curve, running(adamw)[-1], T)
     if n is None:
         return f"fewer examples: {name} does not come to where AdamW is after {end:,} tokens"
-    many = f"{end / n:.1f} times fewer"
-    return f"fewer examples: {name} is after {n:,} tokens where AdamW is after {end:,}: {many}"
+    where = f"{name} is after {n:,} tokens where AdamW is after {end:,}"
+    return f"fewer examples: {where}: {end / n:.1f} times fewer"
 
 
 # --------------------------------------------------------------------------------------------------
 # the table and the picture
 
 
-def reading_lines(methods: dict, dataset=None) -> list[tuple[str, str, int, np.ndarray]]:
-    """(name, rule, T, curves (seeds, R)): by 'own' where it was read so, or 'none' and 'adamw'."""
-    lines = []
-    for name, runs in methods.items():
-        learns = any(row.get("rule") == "own" for row in runs[0])
-        for rule in ("own",) if learns else ("none", "adamw"):
-            curves = [c for c in (reading_curve(rows, rule, dataset) for rows in runs) if c]
-            if curves:
-                lines.append((name, rule, curves[0][0], np.stack([c for _, c in curves])))
-    return lines
-
-
-def print_table(lines: list, methods: dict):
-    _, _, T, curves = lines[0]
-    total = T * curves.shape[1]
-    print(f"unseen text, nats per token over the first {total:,}, each predicted, then learned:")
-    for name, rule, _, curves in lines:
-        means = curves.mean(1)
+def print_table(reading: dict, methods: dict):
+    x = next(iter(reading.values()))[0]
+    print(f"unseen text, nats per token over the first {x[-1]:,}, each predicted, then learned:")
+    for (name, rule), (_, y) in reading.items():
+        means = y.mean(1)
         spread = f" ± {means.std(ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""
-        read = [row["tokens"] for row in methods[name][0] if row.get("rule") == rule]
-        tokens = max(read) / 1e6
+        tokens = max(row["tokens"] for row in methods[name][0] if row.get("rule") == rule) / 1e6
         label = f"{name}, {WORDS[rule]}"
         print(f"  {label:36}{means.mean():.3f}{spread}  after {tokens:.1f}M training tokens")
-    name, rule, _, curves = lines[-1]
-    adamw = [curves.mean(0) for _, rule, _, curves in lines if rule == "adamw"]
-    if adamw and rule == "own":
+    adamw = [y.mean(0) for (_, rule), (_, y) in reading.items() if rule == "adamw"]
+    (name, rule), (x, y) = list(reading.items())[-1]
+    if rule == "own" and adamw:
         strongest = min(adamw, key=lambda curve: running(curve)[-1])
-        print(fewer_examples(name, curves.mean(0), strongest, T))
+        print(fewer_examples(name, y.mean(0), strongest, x[0]))
 
 
-def draw(methods: dict, lines: list, output: Path):
+def draw(reading: dict, training: dict, output: Path):
     figure = Figure(figsize=(15, 4.5), layout="constrained", dpi=90)
     left, right = figure.subplots(1, 2)
-    for name, rule, T, curves in lines:
-        x = T * np.arange(1, curves.shape[1] + 1)
-        y = np.array([running(curve) for curve in curves])
-        draw_line(left, x, y, name, rule, list(methods).index(name))
-    left.set(title="Reading text that was never seen", xlabel="tokens of it read so far")
-    left.set(ylabel="nats per token, over the later half of them")
-    for i, (name, runs) in enumerate(methods.items()):
-        for table, rule in (("loss", "none"), ("online", "own")):
-            curves = [c for c in (training_curve(rows, table) for rows in runs) if len(c) > 1]
-            if curves and np.ptp(curves[0][:, 1]):  # theta that stays as it is has no curve
-                n = min(map(len, curves))  # a seed may not have come as far
-                y = np.array([curve[:n, 1] for curve in curves])
-                draw_line(right, curves[0][:n, 0], y, name, rule, i)
-    if ends := [line.get_ydata()[-1] for line in right.lines]:
-        right.set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press it flat
-    right.set(title="Pretraining: loss on domains held out", xlabel="training tokens")
-    right.set(ylabel="nats per token")
-    for axes in (left, right):
+    reading = {key: (x, running(y)) for key, (x, y) in reading.items()}
+    names = list(dict.fromkeys(name for name, _ in [*reading, *training]))
+    for axes, lines in ((left, reading), (right, training)):
+        for (name, rule), (x, y) in lines.items():
+            mean, color = y.mean(0), f"C{names.index(name)}"
+            label = f"{name}, {WORDS[rule]}: {mean[-1]:.2f}"
+            axes.plot(x, mean, STYLES[rule], color=color, label=label)
+            axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, lw=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="loss at the end")
+    if training:
+        ends = [y[:, -1].mean() for _, y in training.values()]
+        right.set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press it flat
+    left.set(title="Reading text that was never seen", xlabel="tokens of it read so far")
+    left.set(ylabel="nats per token, over the later half of them")
+    right.set(title="Pretraining: loss on domains held out", xlabel="training tokens")
+    right.set(ylabel="nats per token")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-
-
-def draw_line(axes, x, y, name: str, rule: str, i: int):
-    """The mean of y (seeds, points) of the i-th method, with the range of the seeds."""
-    mean = y.mean(0)
-    label = f"{name}, {WORDS[rule]}: {mean[-1]:.2f}"
-    axes.plot(x, mean, STYLES[rule], color=f"C{i}", label=label)
-    axes.fill_between(x, y.min(0), y.max(0), color=f"C{i}", alpha=0.2, lw=0)
 
 
 def main(argv=None):
@@ -180,11 +168,15 @@ def main(argv=None):
     parser.add_argument("--dataset", help="whose domains were read; default: the runs' own")
     args = parser.parse_args(argv)
     methods = read_methods(args.runs)
-    lines = reading_lines(methods, args.dataset)
-    if not lines:
+    reading = lines_of(methods, lambda rows, rule: reading_curve(rows, rule, args.dataset))
+    if not reading:
         raise SystemExit("no run was read yet: python adapt.py RUN writes what the picture shows")
-    print_table(lines, methods)
-    draw(methods, lines, args.output)
+    learners = [name for name, rule in reading if rule == "own"]  # shown by that rule alone
+    for name in learners:
+        reading.pop((name, "none"), None)
+        reading.pop((name, "adamw"), None)
+    print_table(reading, methods)
+    draw(reading, lines_of(methods, training_curve), args.output)
     print(f"picture: {args.output}")
 
 

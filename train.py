@@ -295,14 +295,14 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
     return {"loss": loss, "online": {d: online[d] for d in unseen}}
 
 
-def read_passages(learner: MAML, x, y, rows: int, repeat=None):
+def read_passages(learner: MAML, x, y, rows: int):
     """learner.read, as many passages side by side as copies of the parameters may be made.
 
     Losses (P, R), and the last passage's phi (N,).
     """
     n, losses = max(1, SIDE_BY_SIDE // sum(learner.sizes)), []
     for part in zip(x.split(n), y.split(n), strict=True):
-        loss, phi = learner.read(*part, rows, repeat)
+        loss, phi = learner.read(*part, rows)
         losses.append(loss)
     return torch.cat(losses), phi[-1]
 
