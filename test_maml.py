@@ -553,7 +553,7 @@ READ_64 = flags(passages=2, tokens=64, rules="none")
 def trained(data_dir, tmp_path_factory):
     """A baseline and a learner that begins from it, both trained for a few seconds, and read."""
     out = tmp_path_factory.mktemp("trained")
-    common = dict(data_dir=data_dir, dataset="tiny", device="cpu", eval_interval=60, warmup_steps=5)
+    common = dict(data_dir=data_dir, dataset="tiny", device="cpu", eval_rows=16, warmup_steps=5)
     plain = dict(max_steps=120, learning_rate=1e-2, batch_size=16, tasks_per_step=1)
     own = dict(max_steps=60, learning_rate=3e-3, batch_size=8, tasks_per_step=2, inner_steps=7)
     own |= dict(first_order=True, learn_inner_lr="element", tasks="passage", inner_lr_lr=0.1)
@@ -568,11 +568,11 @@ def test_learned_rates_read_unseen_text_better_and_the_table_is_that_of_the_log(
     text = printed(adapt.main, trained / "maml", *READ_256)
     rows = {(row["domain"], row["rule"]): row for row in log_of(trained / "maml")["adapt"]}
     assert rows.keys() == set(itertools.product(["tune", "far"], ["none", "adamw", "own"]))
-    evaluated = log_of(trained / "maml")["val"][-1]
+    evaluated = log_of(trained / "maml")["val"][-1]  # on the same passages
     assert evaluated["loss"].keys() - evaluated["online"].keys() == {"alpha", "beta", "gamma"}
-    for domain in ("tune", "far"):
+    for domain, online in evaluated["online"].items():
         own, none = (np.mean(rows[domain, rule]["loss"]) for rule in ("own", "none"))
-        assert own < none - 0.05
+        assert own == pytest.approx(online, abs=1e-4) and own < none - 0.05
     lines = text.split("far: ")[1].splitlines()[2:5]
     for rule, line in zip(["none", "adamw", "own"], lines, strict=True):
         loss = np.array(rows["far", rule]["loss"])
@@ -608,9 +608,11 @@ def test_adamws_options_are_found_by_hill_climbing_and_only_on_tune_domains_call
         assert (adapt.chosen_adamw(log) or adapt.START) == chosen
 
 
-def test_frozen_embeddings_stay_and_the_rest_learns():
+def test_frozen_embeddings_stay_and_the_rest_learns_in_as_many_steps_as_are_asked_for():
     model, options = tiny_gpt(), dict(lr=1e-3, frozen=True, beta2=0.99)
-    _, phi = adapt.read(model, {}, "adamw", *task(3, 5, 8), **options)
+    once, phi = adapt.read(model, {}, "adamw", *task(3, 5, 8), **options)
+    twice, _ = adapt.read(model, {}, "adamw", *task(3, 5, 8), **options, steps=2)
+    assert np.array_equal(once[:, 0], twice[:, 0]) and (once[:, 1:] != twice[:, 1:]).all()
     theta = dict(model.named_parameters())
     assert theta.keys() - phi.keys() == set(adapt.EMBEDDINGS)
     assert not any(torch.equal(phi[name], theta[name]) for name in phi)
@@ -649,12 +651,15 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     assert plot.read_log(trained / "maml") == rows
 
 
-def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
+def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same_at_the_learned_rates(trained):
     ckpt, model = train.load_checkpoint(trained / "maml/ckpt.pt")
     ckpt["config"]["batch_size"] = 64  # chunks of 8 rows
     none, own = (adapt.read(model, ckpt, rule, *task(1, 8, 16))[0] for rule in ("none", "own"))
     assert np.allclose(none[:, :4].mean(), own[:, :4].mean())
     assert not np.isclose(none[:, 4:].mean(), own[:, 4:].mean())
+    ckpt["learner"]["log_inner_lr"].fill_(-50)  # at such rates nothing is learned
+    still, _ = adapt.read(model, ckpt, "own", *task(1, 8, 16))
+    assert np.allclose(none[:, 4:].mean(), still[:, 4:].mean())
 
 
 def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
