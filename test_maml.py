@@ -602,10 +602,19 @@ def test_adamws_options_are_found_by_hill_climbing_and_only_on_tune_domains_call
 
     assert adapt.best_adamw(valley) == {"lr": 5e-4, "steps": 2, "frozen": True, "beta2": 0.95}
     assert adapt.best_adamw(lambda options: math.nan) == adapt.START
-    for role, chosen in {"heldout": adapt.START, "tune": {"lr": 0.5}}.items():
+    for role, chosen in {"heldout": None, "tune": {"lr": 0.5}}.items():
         row = {"kind": "adapt", "rule": "adamw", "role": role, "options": {"lr": 0.5}}
         log = write(tmp_path, {"log.jsonl": json.dumps(row) + "\n"}) / "log.jsonl"
-        assert (adapt.chosen_adamw(log) or adapt.START) == chosen
+        assert adapt.chosen_adamw(log) == chosen
+
+
+def test_an_adamw_that_no_tune_domain_chose_is_not_logged(trained, data_dir, tmp_path):
+    prepare_in(tmp_path, data_dir / "text", "--heldout", "far,tune")
+    (tmp_path / "run").mkdir()
+    shutil.copy(trained / "plain/ckpt.pt", tmp_path / "run")
+    adapt.main([f"{tmp_path}/run", *flags(data_dir=tmp_path, dataset="set", passages=2, tokens=64)])
+    rows = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert {row["rule"] for row in rows} == {"none"}
 
 
 def test_frozen_embeddings_stay_and_the_rest_learns_in_as_many_steps_as_are_asked_for():
@@ -651,15 +660,12 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     assert plot.read_log(trained / "maml") == rows
 
 
-def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same_at_the_learned_rates(trained):
+def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
     ckpt, model = train.load_checkpoint(trained / "maml/ckpt.pt")
     ckpt["config"]["batch_size"] = 64  # chunks of 8 rows
     none, own = (adapt.read(model, ckpt, rule, *task(1, 8, 16))[0] for rule in ("none", "own"))
     assert np.allclose(none[:, :4].mean(), own[:, :4].mean())
     assert not np.isclose(none[:, 4:].mean(), own[:, 4:].mean())
-    ckpt["learner"]["log_inner_lr"].fill_(-50)  # at such rates nothing is learned
-    still, _ = adapt.read(model, ckpt, "own", *task(1, 8, 16))
-    assert np.allclose(none[:, 4:].mean(), still[:, 4:].mean())
 
 
 def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
@@ -1287,7 +1293,7 @@ def told(tmp_path):
 
 
 def test_the_table_says_what_heldout_rows_say_and_how_many_fewer_are_needed(told, tmp_path):
-    own = [3.0, 2.0] + [1.0] * 6  # its later half is at 2.0 after two rows
+    own = [9.0, 2.0] + [1.0] * 6  # its later half is at 2.0 after two rows
     adamw = [3.0] * 4 + [2.0] * 4  # over its later half 2.0
     base = write_log(tmp_path / "base", [("none", [4.0] * 8), ("adamw", adamw)])
     newer = [("own", [9.0] * 8), ("own", own)]  # rows that replace older ones
