@@ -38,6 +38,8 @@ def adapt(args):
     """Reads unseen domains, or a text, by each rule. ValueError says what is wrong with args."""
     path = Path(args.run)
     path = path if path.suffix == ".pt" else path / "ckpt.pt"
+    if args.save and Path(args.save).resolve() == path.resolve():
+        raise ValueError(f"--save would overwrite {path}: choose another path")
     ckpt, model = train.load_checkpoint(path)
     model.to(train.pick_device(args.device))
     has_own = ckpt.get("config", {}).get("inner_steps", 0) > 0
@@ -119,7 +121,7 @@ def unseen_passages(args, ckpt: dict, rules) -> tuple[Dataset, dict]:
 
 
 def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
-    """One passage, of a file from its first row to its last."""
+    """A file as one passage, x and y (1, R, T), less the tokens that fill no row at its end."""
     ids = np.array(tokenizer.encode_ordinary(Path(text).read_text(encoding="utf-8")))
     if ids.max(initial=0) >= model.config.vocab_size:
         few = f"the checkpoint knows {model.config.vocab_size} ids, too few for {tokenizer.name}"

@@ -60,7 +60,7 @@ def main(argv=None):
     add("--heldout", help="domains, separated by commas, that are never trained on")
     add("--tune", help="domains on which the rates of adapting are chosen")
     add("--max_mb", type=float, default=3, help="of text per domain of local")
-    add("--max_tokens", type=float, default=0, help="a domain ends after so many; 0: all")
+    add("--max_tokens", type=float, default=0, help="of each domain; 0: all")
     add("--hf", help="a dataset on the Hugging Face hub, or a folder of one")
     add("--domain_field", help="with --hf: the field of a record that names its domain, as a.b")
     add("--text_field", default="text")
@@ -98,6 +98,7 @@ def prepare(args):
     for domain, entry in meta["domains"].items():
         tokens = f"{sum(entry['tokens'].values()):,} tokens"
         print(f"{domain:30}{entry['role']:8}{tokens:>24}, skipped: {dict(entry['skipped'])}")
+    print(f"{root} is ready: python train.py config/baseline_demo.py --dataset={root.name}")
 
 
 def give_roles(domains: dict[str, dict], args):
@@ -274,7 +275,7 @@ def make_domains(root: Path, meta: dict, streams: dict[str, list], args):
         write(root / "progress.json", json.dumps(meta).encode())
     if not meta["domains"]:
         (root / "progress.json").unlink()
-        remedy = "give local, common_pile, a folder of text, or the right --text_field"
+        remedy = "give subfolders of text, *.txt, *.jsonl, *.jsonl.gz, *.parquet, or --text_field"
         raise SystemExit(f"no text in {args.hf or args.source}: {remedy}")
 
 

@@ -26,13 +26,13 @@ SPLITS = ("train", "val")
 
 def open_shard(path) -> np.ndarray:
     """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if none or cut short."""
-    path = Path(path)
+    path, remedy = Path(path), "run prepare_data.py with --overwrite"
     header = np.fromfile(path, np.int32, 3) if path.exists() else ()
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
-        raise ValueError(f"{path} is no token shard of version {VERSION}: prepare it anew")
+        raise ValueError(f"{path} is no token shard of version {VERSION}: {remedy}")
     tokens = int(header[2])
     if tokens < 1 or path.stat().st_size != 4 * HEADER_INTS + 2 * tokens:
-        raise ValueError(f"{path} does not hold its {tokens} tokens: prepare it with --overwrite")
+        raise ValueError(f"{path} does not hold its {tokens} tokens: {remedy}")
     return np.memmap(path, np.uint16, "r", 4 * HEADER_INTS)
 
 
@@ -55,6 +55,8 @@ class Dataset:
         tasks: str = "mixed",
         seed: int = 1,
     ):
+        if tasks not in TASKS:
+            raise ValueError(f"tasks={tasks!r} is none of {', '.join(TASKS)}")
         self.root, self.T, self.batch_size = Path(root), block_size, batch_size
         self.tasks_per_step, self.tasks, self.seed = tasks_per_step, tasks, seed
         if not (self.root / "meta.json").is_file():
@@ -77,7 +79,8 @@ class Dataset:
         """x, y (B, T) of one training task; which rows it has is decided by `tasks`:
 
         'mixed': from anywhere; 'domain': from random places of one domain; 'passage': consecutive
-        windows of one domain, a text as it is read. Steps draw domains as evenly as they can.
+        windows of one domain, a text as it is read, which may run on into the next document. Steps
+        draw domains as evenly as they can.
         """
         B, draw = self.batch_size, rng(self.seed, "train", step, task)
         if self.tasks == "mixed":
@@ -126,7 +129,10 @@ class Dataset:
         return batch(np.stack(found))
 
     def unseen(self, trained) -> list[str]:
-        """The domains whose text is not among `trained`, hashes of train shards."""
+        """The domains of which no train shard is among `trained`, hashes of shards.
+
+        Text that was prepared otherwise is not recognised, though it may be the same.
+        """
         shards = {d: entry["shards"]["train"] for d, entry in self.meta["domains"].items()}
         return [d for d in shards if not set(trained) & set(shards[d].values())]
 

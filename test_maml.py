@@ -510,6 +510,8 @@ def test_draws_are_pure_functions_of_seed_step_and_task(tmp_path):
     keys = list(itertools.product(range(2), range(3), range(8)))
     drawn = [draw(*key) for key in keys]
     assert drawn == [draw(*key) for key in keys] and len(set(drawn)) == len(keys)
+    with pytest.raises(ValueError, match="'passages' is none of mixed, domain, passage"):
+        tasks.Dataset(root, 16, tasks="passages")
 
 
 def test_passages_of_val_come_in_order_evenly_spaced_and_never_from_the_train_split(tmp_path):
@@ -654,6 +656,8 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     before, after = (float(re.search(r"^none +(\S+)", t, re.M)[1]) for t in (first, second))
     assert after < before - 0.5
     assert "adamw is not tuned" in second and "fewer examples" not in second  # no log beside it
+    with refused(match="would overwrite .*: choose another path"):
+        adapt.main([str(saved), *notes, f"--save={saved}"])
     rows = plot.read_log(trained / "maml")
     shutil.copy(saved, trained / "maml/learned.pt")
     adapt.main([str(trained / "maml/learned.pt"), *READ_64])  # it is not the run's result
@@ -875,6 +879,7 @@ def test_a_checkpoint_that_is_foreign_or_cut_short_is_refused_and_no_code_in_one
     foreign = {"model": ckpt["model"], "model_args": ckpt["model_args"], "config": {}}
     for content, remedy in (
         (foreign, "no run of train.py: give its ckpt.pt as --init_from"),
+        ({k: v for k, v in ckpt.items() if k != "optimizer"}, "no run of train.py"),
         (ckpt | {"dataset": {"tokenizer": "gpt2"}}, "has other tokens than the checkpoint"),
         (ckpt | {"model": Path()}, "no checkpoint of a GPT .UnpicklingError"),  # no plain data
     ):
@@ -1297,14 +1302,14 @@ def test_the_table_says_what_heldout_rows_say_and_how_many_fewer_are_needed(told
     adamw = [3.0] * 4 + [2.0] * 4  # over its later half 2.0
     base = write_log(tmp_path / "base", [("none", [4.0] * 8), ("adamw", adamw)])
     newer = [("own", [9.0] * 8), ("own", own)]  # rows that replace older ones
-    text = told(base, write_log(tmp_path / "maml", newer))
+    text = told(base, write_log(tmp_path / "maml_0.1", newer))  # the folder's whole name
     cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)  after 2.0M training tokens$", text, re.M))
     assert cells == {
         "base, no learning": "4.000",
         "base, tuned AdamW": "2.500",
-        "maml, its own rates": f"{np.mean(own):.3f}",
+        "maml_0.1, its own rates": f"{np.mean(own):.3f}",
     }
-    assert "maml is after 32 tokens where AdamW is after 128: 4.0 times fewer" in text
+    assert "maml_0.1 is after 32 tokens where AdamW is after 128: 4.0 times fewer" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and len(text.splitlines()) <= 6
 
 

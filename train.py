@@ -40,7 +40,7 @@ from tasks import Dataset
 class Config:
     # the run
     out_dir: str = "out/run"  # where log.jsonl and ckpt.pt go
-    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too
+    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too; draws begin anew
     resume: bool = False  # go on from out_dir/ckpt.pt, if any; --init_from=resume sets it
     dataset: str = "local"  # data_dir/dataset, as prepare_data.py wrote it
     data_dir: str = "data"
@@ -63,7 +63,7 @@ class Config:
     learning_rate: float = 1e-3  # its peak; a cosine ends at a tenth. 0 leaves theta as it is
     warmup_steps: int = 50
     weight_decay: float = 0.1
-    beta2: float = 0.95
+    beta2: float = 0.95  # small batches ask for more: 0.99, 0.995
     grad_clip: float = 1.0  # of the norm of the outer gradient to theta; 0 for none
     nesterov: bool = False  # NAdam: a look-ahead that costs nothing, the control to beat
     # the inner loop; inner_steps=0 is plain training
@@ -339,7 +339,7 @@ def load_rates(learner: MAML, saved: dict):
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
     """A run goes on with the data and the kind of optimizer that it had."""
-    if "step" not in ckpt:
+    if not {"optimizer", "dataset"} <= ckpt.keys():  # nanoGPT's, or what adapt.py --save wrote
         raise ValueError(f"{cfg.out_dir} has no run of train.py: give its ckpt.pt as --init_from")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plot import STYLES, WORDS, read_log, reading_curve
 
 LINES = [("baseline", "none"), ("baseline", "adamw"), ("rates", "own"), ("maml", "own")]

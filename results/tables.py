@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plot import read_methods, running, tokens_needed
 
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365]  # for 1, 2, ... degrees of freedom
+# Student's t for 1, 2, ... degrees of freedom
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 RULES = ("none", "adamw", "own")
 
 
