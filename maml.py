@@ -6,13 +6,14 @@ A task is rows of text, cut into K + 1 equal chunks, K = inner_steps. Two loops 
     outer   theta and alpha take a step down the gradient of   sum_j w_j L_j(phi_j)
 
 Each chunk is predicted, then learned, so the outer loss is low where learning one chunk helps with
-the next. objective='every' weighs all chunks alike: how fast a text is learned (Antoniou et al.
-2019, arXiv 1810.09502). 'final' counts the last one: how well (Finn et al. 2017, arXiv 1703.03400).
-K = 0 is plain training. The rates alpha = exp(log_inner_lr) may be learned too, one a tensor or one
-an element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). Costs, in forwards F of one chunk:
+the next. objective='every' sets each w_j to 1 / (K + 1): how fast a text is learned (Antoniou et
+al. 2019, arXiv 1810.09502). 'final' sets w_K to 1 and the others to 0: how well (Finn et al. 2017,
+arXiv 1703.03400). K = 0 is plain training. The rates alpha = exp(log_inner_lr) may be learned too,
+one a tensor or one an element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). Costs, in forwards F
+of one chunk:
 
     plain training   3 (K + 1) F     a gradient is a forward and a backward of twice its cost
-    first order      3 (K + 1) F     each g_j is taken for a constant: two running sums, no graph
+    first order      3 (K + 1) F     each g_j is treated as a constant: two running sums, no graph
     second order    (12 K + 3) F     exact: one Hessian-vector product, 9 F, for each inner step
 
 With inner_repeats each chunk is learned several times, and K in these costs is that many times K.
@@ -57,7 +58,10 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
 
 
 def outer_loss(learner, theta, log_lr, x, y, gradient_of, loss_of) -> Tensor:
-    """Predict a chunk, learn it, go on; the last one is only predicted. gradient_of: (g, loss)."""
+    """Predict a chunk, learn it, go on; the last one is only predicted. A scalar.
+
+    gradient_of(phi, x, y) returns (g (N,), loss), loss_of(phi, x, y) the loss alone.
+    """
     phi, rates, state, total = theta, learner.rates(log_lr), learner.start(theta), 0.0
     *support, last = learner.plan(x, y)
     for xj, yj, weight, factor in support:
@@ -111,12 +115,20 @@ def choose(table: dict, word: str):
 class MAML(nn.Module):
     """forward maps a task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
 
-    learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element'. They start at
-    inner_lr, and all inner steps share them. inner_clip bounds the norm of each inner gradient, in
-    training and reading alike (0: no bound). inner_schedule: 'constant' or 'cosine', after
-    inner_warmup steps. inner_repeats: steps on each chunk. autocast: the dtype of the products
-    inside the loss. Parameters of the model that require no gradient now stay as they are.
-    ValueError for an unknown word, and for parameters of several dtypes.
+    model            any module whose forward(x, y) returns (logits, loss); what requires no
+                     gradient when the learner is made stays as it is
+    inner_steps      K, chunks that are learned; the last of K + 1 is only predicted
+    inner_optimizer  'sgd' or 'adamw', a key of UPDATES
+    first_order      treat inner gradients as constants: the cost of plain training
+    objective        'every' or 'final', see above
+    learn_inner_lr   'no', or a learned rate for each parameter 'tensor' or 'element'. They start
+                     at inner_lr, and all inner steps share them
+    inner_clip       bounds the norm of each inner gradient, in reading too; 0 for no bound
+    compile          torch.compile for each whole inner step
+    autocast         the dtype of the products inside the loss
+    inner_schedule   'constant' or 'cosine', after inner_warmup steps of linear warm-up
+    inner_repeats    inner steps on each chunk
+    ValueError for an unknown word, and for parameters of several dtypes or devices.
     """
 
     def __init__(
@@ -147,7 +159,7 @@ class MAML(nn.Module):
         self.weights = choose(OBJECTIVES, objective)(inner_steps + 1)
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
-            raise ValueError("the inner loop needs parameters of one dtype on one device")
+            raise ValueError("the inner loop needs parameters that learn, of one dtype on one device")
         self.shapes = {n: p.shape for n, p in learning.items()}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         counts = {"no": 0, "tensor": len(self.sizes), "element": sum(self.sizes)}
@@ -209,7 +221,7 @@ class MAML(nn.Module):
     def plan(self, x, y) -> list[tuple]:
         """(x_j, y_j, weight in the outer loss, factor of the rates) for each step over a task.
 
-        A chunk that is learned again counts nothing more. The last one is predicted once.
+        Of a chunk's repeats the first alone has a weight. The last chunk is predicted once.
         """
         n = self.inner_steps + 1
         if x.size(0) % n:

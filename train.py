@@ -74,7 +74,7 @@ class Config:
     inner_warmup: int = 0  # inner steps of linear warm-up
     inner_repeats: int = 1  # inner steps on each chunk, in reading too
     inner_clip: float = 0.0  # of each inner gradient's norm, in reading too; 0 for none
-    first_order: bool = False  # take inner gradients for constants: the cost of plain training
+    first_order: bool = False  # treat inner gradients as constants: the cost of plain training
     objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' one's
     learn_inner_lr: str = "no"  # a learned rate for each 'tensor' or 'element', from inner_lr on
     inner_lr_lr: float = 0.01  # the outer learning rate of their logarithms, at its peak
