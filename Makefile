@@ -3,7 +3,7 @@
 # Each of them sets itself up first.
 PYTHON ?= python3
 BIN := .venv/bin
-RUNS := baseline_demo rates_demo maml_demo
+RUNS := longer_demo rates_demo maml_demo
 RULES = none own
 
 .PHONY: demo test gpu-check
@@ -24,7 +24,13 @@ out/%/trained: | data/local/meta.json
 
 out/rates_demo/trained out/maml_demo/trained: out/baseline_demo/trained
 
-out/baseline_demo/read: RULES = none adamw
+# the baseline with as many tokens as the two others have in all
+out/longer_demo/trained: | data/local/meta.json
+	$(BIN)/python train.py config/baseline_demo.py --init_from=resume \
+		--max_steps=3024 --out_dir=out/longer_demo
+	touch $@
+
+out/longer_demo/read: RULES = none adamw
 
 out/%/read: out/%/trained
 	$(BIN)/python adapt.py out/$* --passages 8 --rules $(RULES)

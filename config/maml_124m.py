@@ -1,9 +1,9 @@
 # torchrun --nproc_per_node=8 train.py config/maml_124m.py
 # GPT-2 124M, meta-learned from scratch: theta and a learning rate for every element of it.
 # A task is 64 consecutive rows of one domain. They are learned 8 at a time, each 8 predicted first.
-# The same 524,288 tokens a step as config/baseline_124m.py, 10 billion in all.
-# Never run on a GPU. On paper it does 0.83 of the baseline's tokens a second (README). The inner
-# rates and inner_clip are guesses: those of config/maml_demo.py were tried, at a row a chunk.
+# Tokens as in config/baseline_124m.py: 524,288 a step, 10 billion in all. Never run on a GPU; on
+# paper at 0.83 of its speed (README). The inner rates and inner_clip are guesses from 0.84M
+# parameters, where it was better to go on from a plain checkpoint for a fifth of the tokens.
 
 out_dir = "out/maml_124m"
 dataset = "common_pile"
