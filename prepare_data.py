@@ -275,7 +275,8 @@ def make_domains(root: Path, meta: dict, streams: dict[str, list], args):
         write(root / "progress.json", json.dumps(meta).encode())
     if not meta["domains"]:
         (root / "progress.json").unlink()
-        remedy = "give subfolders of text, *.txt, *.jsonl, *.jsonl.gz, *.parquet, or --text_field"
+        folder = "a folder of text (subfolders, *.txt, *.jsonl, *.jsonl.gz, *.parquet)"
+        remedy = f"give local, common_pile, {folder}, or the right --text_field"
         raise SystemExit(f"no text in {args.hf or args.source}: {remedy}")
 
 
