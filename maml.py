@@ -159,7 +159,7 @@ class MAML(nn.Module):
         self.weights = choose(OBJECTIVES, objective)(inner_steps + 1)
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
-            raise ValueError("the inner loop needs parameters that learn, of one dtype on one device")
+            raise ValueError("the inner loop needs parameters to learn, of one dtype and device")
         self.shapes = {n: p.shape for n, p in learning.items()}
         self.sizes = [shape.numel() for shape in self.shapes.values()]
         counts = {"no": 0, "tensor": len(self.sizes), "element": sum(self.sizes)}

@@ -305,7 +305,7 @@ def test_what_is_frozen_flat_or_unused_is_no_trouble_and_what_learns_has_one_dty
         assert distance(grads, meta_grad(learner, x, x)[0]) < 1e-14
         model.list[1].requires_grad_(False)  # after MAML was made
     model.list[1] = nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match="one dtype"):
+    with pytest.raises(ValueError, match="one dtype and device"):
         MAML(model, 2, 0.1)
 
 
