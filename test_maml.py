@@ -808,7 +808,7 @@ def test_nesterov_is_adamw_that_looks_ahead():
 MISTAKES = [
     (dict(inner_stepz=1), "did you mean --inner_steps?"),
     (dict(max_steps="many"), "--max_steps: invalid int value: 'many'"),
-    (dict(bias=1), "--bias: invalid boolean value: '1'"),
+    (dict(bias=1), "--bias: invalid choice: '1' (choose from True, False"),
     (dict(objective="evry"), "choose 'every' or 'final'"),
     (dict(learn_inner_lr="all"), "choose 'no' or 'tensor' or 'element'"),
     (dict(dtype="float16"), "--dtype: invalid choice: 'float16' (choose from"),

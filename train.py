@@ -500,7 +500,9 @@ def read_arguments(argv: list[str]) -> dict:
     parser = Parser(usage=usage, description=about, **how)
     for field in dataclasses.fields(Config):
         words = get_args(field.type) or None  # of a Literal
-        kind = str if words else boolean if field.type is bool else field.type
+        kind = str if words else field.type
+        if field.type is bool:
+            kind, words = boolean, (True, False)
         parser.add_argument(f"--{field.name}", type=kind, choices=words, metavar=field.default)
     flags = []
     for path in [argument for argument in argv if not argument.startswith("-")]:
@@ -521,8 +523,8 @@ def read_arguments(argv: list[str]) -> dict:
     return vars(known)
 
 
-def boolean(text: str) -> bool:
-    return bool(("false", "true").index(text.lower()))
+def boolean(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def main(argv: list[str] | None = None):
