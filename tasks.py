@@ -26,7 +26,7 @@ SPLITS = ("train", "val")
 
 def open_shard(path) -> np.ndarray:
     """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if none or cut short."""
-    path, remedy = Path(path), "run prepare_data.py with --overwrite"
+    path, remedy = Path(path), "prepare it again, with --overwrite"
     header = np.fromfile(path, np.int32, 3) if path.exists() else ()
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
         raise ValueError(f"{path} is no token shard of version {VERSION}: {remedy}")
