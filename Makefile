@@ -1,4 +1,4 @@
-# make demo: the whole pipeline here, in five to nine minutes on two cores. Run again, it goes on or is done.
+# make demo: the whole pipeline here, in eight minutes on two cores. Run again, it goes on or is done.
 # make test: the tests. make gpu-check: ten minutes on one GPU, before a long run on several.
 # Each of them sets itself up first.
 PYTHON ?= python3
