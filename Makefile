@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS := longer_demo rates_demo maml_demo
+CONFIG = config/$*.py
 RULES = none own
 
 .PHONY: demo test gpu-check
@@ -19,17 +20,13 @@ data/local/meta.json: | .venv/installed
 	$(BIN)/python prepare_data.py local
 
 out/%/trained: | data/local/meta.json
-	$(BIN)/python train.py config/$*.py --init_from=resume
+	$(BIN)/python train.py $(CONFIG) --init_from=resume
 	touch $@
 
 out/rates_demo/trained out/maml_demo/trained: out/baseline_demo/trained
 
 # the baseline with as many tokens as the two others have in all
-out/longer_demo/trained: | data/local/meta.json
-	$(BIN)/python train.py config/baseline_demo.py --init_from=resume \
-		--max_steps=3024 --out_dir=out/longer_demo
-	touch $@
-
+out/longer_demo/trained: CONFIG = config/baseline_demo.py --max_steps=3024 --out_dir=out/longer_demo
 out/longer_demo/read: RULES = none adamw
 
 out/%/read: out/%/trained

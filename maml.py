@@ -115,19 +115,12 @@ def choose(table: dict, word: str):
 class MAML(nn.Module):
     """forward maps a task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
 
-    model            any module whose forward(x, y) returns (logits, loss); what requires no
-                     gradient when the learner is made stays as it is
-    inner_steps      K, chunks that are learned; the last of K + 1 is only predicted
-    inner_optimizer  'sgd' or 'adamw', a key of UPDATES
-    first_order      treat inner gradients as constants: the cost of plain training
-    objective        'every' or 'final', see above
-    learn_inner_lr   'no', or a learned rate for each parameter 'tensor' or 'element'. They start
-                     at inner_lr, and all inner steps share them
-    inner_clip       bounds the norm of each inner gradient, in reading too; 0 for no bound
-    compile          torch.compile for each whole inner step
-    autocast         the dtype of the products inside the loss
-    inner_schedule   'constant' or 'cosine', after inner_warmup steps of linear warm-up
-    inner_repeats    inner steps on each chunk
+    Of the K + 1 chunks inner_steps = K are learned. inner_optimizer is a key of UPDATES, objective
+    of OBJECTIVES, inner_schedule of SCHEDULES, which begin after inner_warmup steps of warm-up.
+    learn_inner_lr: 'no', or a learned rate for each parameter 'tensor' or 'element'. They start at
+    inner_lr, and all inner steps share them. inner_clip bounds the norm of each inner gradient, in
+    reading too (0: no bound). inner_repeats: steps on each chunk. autocast: the dtype of the
+    products inside the loss. What requires no gradient when the learner is made stays as it is.
     ValueError for an unknown word, and for parameters of several dtypes or devices.
     """
 

@@ -27,9 +27,9 @@ def read_methods(paths: list[Path]) -> dict[str, list[list[dict]]]:
     """{name: the logs of its seeds}, in the order of the paths."""
     methods, units = {}, set()
     for path in dict.fromkeys(path.resolve() for path in paths):
-        log = path / "log.jsonl" if path.is_dir() else path
-        name = log.parent.name if log.name == "log.jsonl" else log.stem
-        rows = read_log(log)
+        rows = read_log(path)
+        named = path.parent if path.name == "log.jsonl" else path
+        name = named.name.removesuffix(".jsonl")
         runs = methods.setdefault(re.sub(r"_s\d+$", "", name), [])
         if any(run[0]["config"]["seed"] == rows[0]["config"]["seed"] for run in runs):
             raise SystemExit(f"two runs named {name!r} have one seed: rename a folder or a log")
