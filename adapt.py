@@ -1,19 +1,26 @@
-"""How fast does a checkpoint learn a text that it has never seen?
+"""Test-time training: how fast does a checkpoint learn a text that it has never seen?
 
     python adapt.py out/maml_demo                     # the unseen domains of the run's own dataset
     python adapt.py out/maml_demo --dataset other     # the domains of another one, prepared alike
     python adapt.py out/maml_demo --text notes.txt --prompt "Dear" --save learned.pt
+    python adapt.py gpt2 --text notes.txt --rules none adamw dynamic   # needs transformers
 
 Passages of consecutive rows are read: each row is predicted, then learned. The loss of every token
-counts once, before it was learned. Three rules of learning, for every checkpoint alike:
+counts once, before it was learned. Rules, for every checkpoint alike:
 
-    none    theta as it is
-    adamw   AdamW, gradients clipped to a norm of 1. Its rate, steps on each row, beta2 and whether
-            embeddings are frozen are those with the lowest such loss on the tune domains
-    own     the inner loop that the checkpoint was trained with, at the rates that it has learned
+    none     theta as it is
+    adamw    AdamW: the best of its rate, steps on each row, beta2, and embeddings frozen or not
+    dynamic  dynamic evaluation (Krause et al. 2018, 2019): SGD with a rate for each element, by the
+             mean squared gradient on train domains, and decay to theta
+    own      the inner loop that the checkpoint was trained with, at the rates that it has learned
+    safe     own and none mixed: never worse than the better of both, but for ln 2 nats a passage
+
+The options of adamw and dynamic are those with the lowest loss on the tune domains.
 """
 
 import argparse
+import hashlib
+import itertools
 import json
 from functools import partial
 from itertools import pairwise
@@ -21,95 +28,191 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-import train
-from maml import MAML, adamw
+import run
+from maml import MAML, adamw, dynamic_rates, mean_squares, read_passages
 from model import GPT
-from plot import fewer_examples
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
 
-RULES = ("none", "adamw", "own")
+RULES = ("none", "adamw", "dynamic", "own", "safe")
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
-START = {"lr": 1e-3, "steps": 1, "frozen": False, "beta2": 0.95}  # of the search for AdamW's best
+# Where the search for the best options begins, and what it tries for each rate.
+START = {
+    "adamw": {"lr": 5e-4, "steps": 1, "frozen": False, "beta2": 0.95},
+    "dynamic": {"lr": 8e-4, "eps": 0.3, "decay": 0.0},
+}
+CHOICES = {
+    "adamw": {"frozen": (False, True), "beta2": (0.95, 0.99), "steps": (1, 2, 4)},
+    "dynamic": {"eps": (0.1, 0.3, 1.0), "decay": (0.0, 0.001, 0.01)},
+}
+STATISTICS = 256  # rows whose squared gradients 'dynamic' divides by
+
+
+class Reader:
+    """Reads passages by each rule: one model, its own inner loop, and its squared gradients."""
+
+    def __init__(self, ckpt: dict, model: GPT, statistics):
+        self.ckpt, self.model, self.statistics = ckpt, model, statistics
+        self.own_rows = ckpt["inner"]["rows"] if ckpt.get("inner", {}).get("inner_steps") else None
+        self.mean_square = None
+
+    def read(self, rule: str, x, y, **options):
+        """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
+
+        And the parameters that have learned the last passage, by name.
+        """
+        device, rows = next(self.model.parameters()).device, 1
+        x, y = x.to(device), y.to(device)
+        if rule == "none":
+            with torch.no_grad():
+                each = zip(x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None], strict=True)
+                losses = torch.stack([self.model(*row)[1] for row in each])
+            return losses.view(x.shape[:2]).cpu().numpy(), {}
+        if rule == "safe":
+            (own, phi), (none, _) = self.read("own", x, y), self.read("none", x, y)
+            return mixture(np.stack([own, none]), x.size(-1)), phi
+        if rule == "own":
+            learner = self.own()
+            rows = min(self.own_rows, max(1, x.size(1) // 2))  # of a short text some is learned
+        else:
+            learner = getattr(self, rule)(**options)
+        losses, phi = read_passages(learner, x, y, rows)
+        return losses.cpu().numpy(), learner.by_name(phi)
+
+    def own(self) -> MAML:
+        inner = {k: v for k, v in self.ckpt["inner"].items() if k != "rows"}
+        learner = MAML(self.model, **inner)
+        run.load_rates(learner, self.ckpt["learner"])
+        return learner
+
+    def adamw(self, lr: float, frozen: bool, beta2: float, steps: int) -> MAML:
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
+        learner = MAML(self.model, 1, lr, "adamw", inner_repeats=steps)
+        self.model.requires_grad_(True)
+        learner.direction = partial(adamw, beta2=beta2)
+        return learner
+
+    def dynamic(self, lr: float, eps: float, decay: float) -> MAML:
+        learner = MAML(self.model, 1, lr, learn_inner_lr="element", inner_decay=decay)
+        if self.mean_square is None:
+            rows = tqdm(self.statistics(), "squared gradients", disable=None)
+            self.mean_square = mean_squares(learner, rows)
+        with torch.no_grad():
+            learner.log_inner_lr.copy_(dynamic_rates(self.mean_square, lr, eps).log())
+        return learner
+
+    def forwards(self, rule: str, options: dict) -> int:
+        """The cost of reading a token: a forward, and two more for each gradient."""
+        own = 3 * self.ckpt.get("inner", {}).get("inner_repeats", 1)
+        steps = options.get("steps", 1)
+        return {"none": 1, "adamw": 3 * steps, "dynamic": 3, "own": own, "safe": own + 1}[rule]
+
+
+def mixture(losses: np.ndarray, T: int) -> np.ndarray:
+    """The losses (P, R) of a Bayesian mixture of experts, whose losses are (experts, P, R).
+
+    Each row of T tokens is predicted by all of them, weighed by the likelihood that they gave to
+    the rows so far. So the passage's likelihood is the mean of theirs: over n tokens the loss is
+    at most the best expert's plus ln(experts) / n nats a token, whatever the text. An expert
+    whose loss is not finite has a likelihood of zero from there on.
+    """
+    logs = -T * np.nan_to_num(losses.astype(float), nan=np.inf).cumsum(-1)  # of the rows so far
+    together = np.logaddexp.reduce(logs, 0) - np.log(len(losses))  # (P, R)
+    return -np.diff(together, axis=-1, prepend=0) / T
+
+
+# --------------------------------------------------------------------------------------------------
+# the program
 
 
 def adapt(args):
     """Reads unseen domains, or a text, by each rule. ValueError says what is wrong with args."""
+    ckpt, model = run.load_checkpoint(args.run)
     path = Path(args.run)
-    path = path if path.suffix == ".pt" else path / "ckpt.pt"
+    path = path / "ckpt.pt" if path.is_dir() else path
     if args.save and Path(args.save).resolve() == path.resolve():
         raise ValueError(f"--save would overwrite {path}: choose another path")
-    ckpt, model = train.load_checkpoint(path)
-    model.to(train.pick_device(args.device))
-    has_own = ckpt.get("config", {}).get("inner_steps", 0) > 0
-    rules = args.rules or (RULES if has_own else RULES[:2])
-    if "own" in rules and not has_own:
-        raise ValueError(f"{path} has no inner loop of its own: leave 'own' out")
+    model.to(run.pick_device(args.device))
+    reader = Reader(ckpt, model, partial(statistics, args, ckpt, model))
+    rules = args.rules or (RULES if reader.own_rows else RULES[:3])
+    if {"own", "safe"} & {*rules} and not reader.own_rows:
+        raise ValueError(f"{path} has no inner loop of its own: leave 'own' and 'safe' out")
     if args.text:
-        tokenizer = get_tokenizer(ckpt.get("dataset", {}).get("tokenizer", "gpt2"))  # nanoGPT's
+        tokenizer = get_tokenizer(run.tokenizer_of(ckpt))
         passages, tune = {args.text: passage_of_text(args.text, tokenizer, model)}, []
     else:
-        data, passages = unseen_passages(args, ckpt, rules)
+        data, passages = unseen_passages(args, ckpt, reader.own_rows)
         tune = [domain for domain in passages if data.roles[domain] == "tune"]
     heldout = [name for name in passages if name not in tune] or tune
 
-    def on_tune(options) -> float:
-        losses = [read(model, ckpt, "adamw", *passages[domain], **options)[0] for domain in tune]
-        return np.nan_to_num(np.mean([loss.mean() for loss in losses]), nan=np.inf)
-
-    options, tuned = {rule: {} for rule in rules}, None
-    if "adamw" in rules:
-        tuned = best_adamw(on_tune) if tune else chosen_adamw(path.parent / "log.jsonl")
-        options["adamw"] = tuned or START
-        if not tuned:
-            print("adamw is not tuned: adapt this run to a dataset with tune domains first")
+    options, chosen = {rule: {} for rule in rules}, {}
+    for rule in [rule for rule in rules if rule in START]:
+        if tune:
+            chosen[rule] = best_options(rule, partial(mean_loss, reader, rule, passages, tune))
+        else:
+            chosen[rule] = logged_options(path.parent / "log.jsonl", rule)
+        options[rule] = chosen[rule] or START[rule]
+        if not chosen[rule]:
+            print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
     curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
-    for name, (x, y) in passages.items():
-        P, _, T = x.shape
-        for rule in rules:
-            losses, learned = read(model, ckpt, rule, x, y, **options[rule])  # (P, R)
-            curves[name][rule] = losses.mean(0, dtype=float).round(4)
-            # Another checkpoint is not the run's result, and plot.py calls every AdamW tuned.
-            if path.name == "ckpt.pt" and not args.text and (tuned or rule != "adamw"):
-                at = {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
-                row = {"kind": "adapt", "dataset": data.root.name, **at, "domain": name}
-                row |= {"role": "tune" if name in tune else "heldout", "rule": rule}
-                row |= {"options": options[rule], "row_tokens": T, "passages": P}
-                row["loss"] = curves[name][rule].tolist()
-                row["by_passage"] = losses.mean(1, dtype=float).round(4).tolist()
-                train.append_row(path.parent, row)
-        table(name, curves[name], T, P)
-    mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
+    bar = tqdm(itertools.product(passages, rules), "reading", len(passages) * len(rules), disable=None)
+    for name, rule in bar:
+        x, y = passages[name]
+        losses, learned = reader.read(rule, x, y, **options[rule])  # (P, R)
+        curves[name][rule] = losses.mean(0, dtype=float).round(4)
+        # Another checkpoint is not the run's result, and plot.py calls every AdamW tuned.
+        if path.name == "ckpt.pt" and not args.text and chosen.get(rule, True):
+            row = {"kind": "adapt", "dataset": data.root.name, "sha256": hash_of_val(data, name)}
+            row |= {"model": hash_of(model)}
+            row |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
+            row |= {"domain": name, "role": "tune" if name in tune else "heldout", "rule": rule}
+            row |= {"options": options[rule], "row_tokens": x.size(-1), "passages": len(x)}
+            row |= {"forwards": reader.forwards(rule, options[rule])}
+            row["loss"] = curves[name][rule].tolist()
+            row["by_passage"] = losses.mean(1, dtype=float).round(4).tolist()
+            run.append_row(path.parent, row)
+    costs = {rule: reader.forwards(rule, options[rule]) for rule in rules}
+    for name in passages:
+        table(name, curves[name], costs, *passages[name][0].shape[::2])
     if len(heldout) > 1:
-        P = sum(len(passages[name][0]) for name in heldout)
-        table("mean of " + ", ".join(heldout), mean, T, P)
-    if tuned and "own" in rules:
-        print(fewer_examples("own", mean["own"], mean["adamw"], T))
-
+        mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
+        P, T = sum(len(passages[name][0]) for name in heldout), passages[heldout[0]][0].size(-1)
+        table("mean of " + ", ".join(heldout), mean, costs, P, T)
     if args.text:
-        print(f"\nbefore:\n{sample(args, model, tokenizer)}")
-        model.load_state_dict(learned, strict=False)
-        print(f"\nafter reading by {rules[-1]!r}:\n{sample(args, model, tokenizer)}")
+        show_text(args, ckpt, model, tokenizer, learned, rules[-1])
+
+
+def show_text(args, ckpt: dict, model: GPT, tokenizer, learned: dict, rule: str):
+    """Keeps what was learned, and prints what the model writes before and after."""
+    before = sample(args, model, tokenizer)
+    model.load_state_dict(learned, strict=False)
     if args.save:
         kept = {key: value for key, value in ckpt.items() if key != "optimizer"}
+        text = hashlib.sha256(Path(args.text).read_bytes()).hexdigest()
+        kept |= {"model": model.state_dict(), "read": [*ckpt.get("read", []), text]}
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(kept | {"model": model.state_dict()}, args.save)
+        run.write_whole(Path(args.save), lambda file: torch.save(kept, file))
         print(f"\nsaved: python adapt.py {args.save} --text FILE goes on from here")
+    print(f"\nbefore:\n{before}")
+    print(f"\nafter reading by {rule!r}:\n{sample(args, model, tokenizer)}")
 
 
-def unseen_passages(args, ckpt: dict, rules) -> tuple[Dataset, dict]:
+def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, dict]:
     """A dataset, and passages (x, y) by domain, if the checkpoint was not trained on its text."""
     if "dataset" not in ckpt:
         raise ValueError(f"{args.run} does not say what it was trained on: give a --text to read")
-    cfg, T = ckpt["config"], ckpt["config"]["block_size"]
+    cfg, T = ckpt["config"], ckpt["model_args"]["block_size"]
     data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
     if data.meta["tokenizer"] != ckpt["dataset"]["tokenizer"]:
         raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
-    n = T * cfg["batch_size"] // (cfg["inner_steps"] + 1)
-    if "own" in rules and args.tokens < 2 * n:
+    n = T * (own_rows or 1)
+    tokens = args.tokens or max(4096, 8 * n)
+    if tokens < 2 * n:
         raise ValueError(f"{args.run} learns {n:,} tokens at a time: read --tokens {4 * n}")
-    R, passages = -(-args.tokens // T), {}
+    R, passages = -(-tokens // T), {}
     for domain in data.unseen(ckpt["dataset"]["trained"]):
         x, y = data.passages(domain, args.passages, R)
         if x.size(1) < R:
@@ -117,6 +220,8 @@ def unseen_passages(args, ckpt: dict, rules) -> tuple[Dataset, dict]:
         passages[domain] = (x, y)
     if not passages:
         raise ValueError(f"{data.root} has no unseen domain: prepare it with --heldout and --tune")
+    if ckpt.get("read"):
+        print("this checkpoint has read texts of yours: a domain that holds them is not unseen")
     return data, passages
 
 
@@ -133,83 +238,108 @@ def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
     return batch(rows[None])
 
 
-# --------------------------------------------------------------------------------------------------
-# reading: the learner's own inner loop, passages side by side
+def statistics(args, ckpt: dict, model: GPT):
+    """Rows ((1, T), (1, T)) on which squared gradients are measured: of the train domains.
 
-
-@torch.no_grad()
-def read(model: GPT, ckpt: dict, rule: str, x, y, **options):
-    """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
-
-    And the parameters that have learned the last passage, by name.
+    Where a checkpoint does not say what it was trained on, of the manual that comes with Python.
     """
-    device = next(model.parameters()).device
-    x, y = x.to(device), y.to(device)
-    if rule == "none":
-        rows = zip(x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None], strict=True)  # of (1, T)
-        losses = torch.stack([model(*row)[1] for row in rows])
-        return losses.view(x.shape[:2]).cpu().numpy(), {}
-    if rule == "adamw":
-        learner, chunk = adamw_learner(model, **options), 1
+    T, device = model.config.block_size, next(model.parameters()).device
+    if "dataset" in ckpt:
+        cfg = ckpt["config"]
+        root = Path(args.data_dir or cfg["data_dir"], cfg["dataset"])
+        x, y = Dataset(root, T, STATISTICS, 1).task(0, 0)
     else:
-        cfg = train.Config(**ckpt["config"] | {"compile": False, "dtype": "float32"})
-        learner = train.make_learner(cfg, model)
-        train.load_rates(learner, ckpt["learner"])
-        chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
-        chunk = min(chunk, x.size(1) // 2)  # a short text is learned in its middle at least
-    losses, phi = train.read_passages(learner, x, y, chunk)
-    return losses.cpu().numpy(), learner.by_name(phi)
+        from pydoc_data.topics import topics
+
+        ids = get_tokenizer(run.tokenizer_of(ckpt)).encode_ordinary("\n".join(topics.values()))
+        T = min(T, 256)
+        rows = np.lib.stride_tricks.sliding_window_view(np.array(ids), T + 1)[::T]
+        x, y = batch(rows[:: -(-len(rows) // (STATISTICS // 8))])
+    return list(zip(x.to(device).split(1), y.to(device).split(1), strict=True))
 
 
-def adamw_learner(model: GPT, lr: float, frozen: bool, beta2: float, steps: int = 1) -> MAML:
-    for name, p in model.named_parameters():
-        p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
-    learner = MAML(model, 1, lr, "adamw", inner_clip=1.0, inner_repeats=steps)
-    model.requires_grad_(True)
-    learner.update = partial(adamw, beta2=beta2)
-    return learner
+# --------------------------------------------------------------------------------------------------
+# options: those with the lowest loss on tune domains
 
 
-def best_adamw(measure) -> dict:
-    """Options of AdamW from which no change below lowers `measure`, a loss: hill climbing."""
-    best, lowest, tried = START, measure(START), [START]
-    while True:
-        lr, steps = best["lr"], best["steps"]
-        changes = [{"steps": 2 * steps, "lr": lr / 2}] if steps < 4 else []
-        changes += [{"lr": lr / 2}, {"lr": 2 * lr}]
-        changes += [{"frozen": not best["frozen"]}, {"beta2": 0.95}, {"beta2": 0.99}]
-        untried = [best | change for change in changes if best | change not in tried]
-        if not untried:
-            print(f"adamw with {best} reads the tune domains best")
-            return best
-        tried.append(untried[0])
-        loss = measure(untried[0])
-        if loss < lowest:
-            best, lowest = untried[0], loss
+def mean_loss(reader: Reader, rule: str, passages: dict, tune: list, options: dict, most=None):
+    """Over the tune domains, on so many passages of each; inf if it is not finite."""
+    found = [[xy[:most] for xy in passages[domain]] for domain in tune]
+    losses = [reader.read(rule, x, y, **options)[0].mean() for x, y in found]
+    return float(np.nan_to_num(np.mean(losses), nan=np.inf))
 
 
-def chosen_adamw(log: Path) -> dict | None:
+def best_options(rule: str, measure) -> dict:
+    """The grid of CHOICES, at each point the best rate, found by halving and doubling.
+
+    The grid is searched on one passage a domain; its best six, and rates around them, on all.
+    """
+    few, all_, best = {}, {}, START[rule]
+    bar = tqdm(desc=f"the best {rule}", disable=None)
+
+    def score(table: dict, options: dict, most=None) -> float:
+        key = tuple(options.items())
+        if key not in table:
+            table[key] = measure(options, most)
+            bar.update()
+        return table[key]
+
+    def climb(table, options, most=None) -> dict:
+        for factor in (2.0, 0.5):
+            while True:
+                other = options | {"lr": options["lr"] * factor}
+                if not score(table, other, most) < score(table, options, most):
+                    break
+                options = other
+        return options
+
+    for values in itertools.product(*CHOICES[rule].values()):
+        point = dict(zip(CHOICES[rule], values, strict=True))
+        found = climb(few, best | point, 1)
+        if score(few, found, 1) <= score(few, best, 1):
+            best = found
+    for key in sorted(few, key=few.get)[:6]:
+        score(all_, dict(key))
+    best = climb(all_, dict(min(all_, key=all_.get)))
+    bar.close()
+    print(f"{rule} with {best} reads the tune domains best")
+    return best
+
+
+def logged_options(log: Path, rule: str) -> dict | None:
     """What adapting this run to its tune domains chose the last time; None if it never did."""
     lines = log.read_text().splitlines() if log.is_file() else []
     rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if row.get("rule") == "adamw" and row["role"] == "tune"]
+    rows = [row for row in rows if row.get("rule") == rule and row["role"] == "tune"]
     return rows[-1]["options"] if rows else None
+
+
+def hash_of(model: GPT) -> str:
+    digest = hashlib.sha256()
+    for p in model.state_dict().values():
+        digest.update(p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def hash_of_val(data: Dataset, domain: str) -> str:
+    shards = data.meta["domains"][domain]["shards"]["val"]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------------------
 # what is printed, and the command line
 
 
-def table(title: str, curves: dict, T: int, passages: int):
+def table(title: str, curves: dict, costs: dict, passages: int, T: int):
     """The mean loss of each rule, and by tokens read: to an eighth, a fourth, a half, the end."""
     R = len(next(iter(curves.values())))
     edges = sorted({0, R // 8, R // 4, R // 2, R})
     heads = [f"{'0' if low == 0 else ''}-{high * T:,}" for low, high in pairwise(edges)]
-    print(f"\n{title}: nats per token, {passages} passages")
-    print(f"{'rule':8}{'mean':>9}" + "".join(f"{head:>10}" for head in heads))
+    print(f"\n{title}: nats per token, {passages} passages; cost in forwards a token")
+    print(f"{'rule':8}{'cost':>6}{'mean':>9}" + "".join(f"{head:>10}" for head in heads))
     for rule, curve in curves.items():
         means = "".join(f"{curve[a:b].mean():10.3f}" for a, b in pairwise(edges))
-        print(f"{rule:8}{curve.mean():9.3f}{means}")
+        print(f"{rule:8}{costs[rule]:6}{curve.mean():9.3f}{means}")
 
 
 def sample(args, model: GPT, tokenizer) -> str:
@@ -224,12 +354,12 @@ def sample(args, model: GPT, tokenizer) -> str:
 def main(argv: list[str] | None = None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("run", help="the folder of a run, or a checkpoint's path")
+    parser.add_argument("run", help="a run's folder, a checkpoint's path, or gpt2")
     parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all")
     parser.add_argument("--dataset", help="whose domains are read; default: the run's own")
     parser.add_argument("--data_dir", help="where the dataset is, if it was moved")
     parser.add_argument("--passages", type=int, default=16, help="of each domain")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each passage")
+    parser.add_argument("--tokens", type=int, help="of each passage; default: 4096 or more")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--text", help="a UTF-8 file to read instead")
     parser.add_argument("--save", help="where the parameters that have learned the text go")
@@ -237,7 +367,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--max_new_tokens", type=int, default=300)
     args = parser.parse_args(argv)
     try:
-        if args.tokens < 1 or args.passages < 1 or (args.save and not args.text):
+        if min(args.tokens or 1, args.passages) < 1 or (args.save and not args.text):
             raise ValueError("--tokens and --passages must be positive, and --save needs --text")
         adapt(args)
     except (ValueError, OSError) as error:

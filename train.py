@@ -3,26 +3,20 @@
 python train.py config/maml_demo.py                                 # whatever this machine has
 python train.py config/maml_demo.py --seed=2 --out_dir=out/maml_s2  # every field is a flag
 python train.py config/maml_demo.py --init_from=resume              # go on after a stop
+python train.py config/rates_gpt2.py --init_from=gpt2               # from weights that exist
 torchrun --nproc_per_node=8 train.py config/maml_124m.py            # eight GPUs, the same steps
 """
 
-import argparse
-import dataclasses
 import datetime
-import difflib
-import json
 import math
 import os
-import platform
-import runpy
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,16 +25,30 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from maml import MAML
+import run
+from maml import MAML, mean_squares, read_passages
 from model import GPT, GPTConfig
-from tasks import Dataset
+from tasks import Dataset, lock
+
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+AT_LEAST_1 = (
+    *SHAPE[:-1],
+    "batch_size",
+    "tasks_per_step",
+    "plain_batch_size",
+    "plain_tasks_per_step",
+)
+AT_LEAST_1 += ("inner_repeats", "eval_interval", "eval_passages", "eval_rows")
+KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov", "plain_steps")  # on resume
+NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "compile_seconds": 0.0}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of matrix products
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     # the run
     out_dir: str = "out/run"  # where log.jsonl and ckpt.pt go
-    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too; draws begin anew
+    init_from: str = "scratch"  # or a checkpoint's path, nanoGPT's too, or gpt2: draws begin anew
     resume: bool = False  # go on from out_dir/ckpt.pt, if any; --init_from=resume sets it
     dataset: str = "local"  # data_dir/dataset, as prepare_data.py wrote it
     data_dir: str = "data"
@@ -58,22 +66,27 @@ class Config:
     tasks: Literal["mixed", "domain", "passage"] = "mixed"
     batch_size: int = 16  # rows of a task, cut into inner_steps + 1 chunks
     tasks_per_step: int = 8  # the meta-batch; the processes share it out
-    max_steps: int = 1000
+    max_steps: int = 1000  # plain_steps included
+    # plain training first, on rows from anywhere: how many steps, and their batches
+    plain_steps: int = 0
+    plain_batch_size: int = 16
+    plain_tasks_per_step: int = 8
     # the outer optimizer, AdamW
     learning_rate: float = 1e-3  # its peak; a cosine ends at a tenth. 0 leaves theta as it is
-    warmup_steps: int = 50
+    warmup_steps: int = 50  # of plain steps, and of the others; at most an eighth of them
     weight_decay: float = 0.1
     beta2: float = 0.95  # small batches ask for more: 0.99, 0.995
     grad_clip: float = 1.0  # of the norm of the outer gradient to theta; 0 for none
     nesterov: bool = False  # NAdam: a look-ahead that costs nothing, the control to beat
     # the inner loop; inner_steps=0 is plain training
     inner_steps: int = 0  # K
-    inner_lr: float = 0.02  # around 0.02 for 'sgd', 1e-3 for 'adamw'
-    inner_optimizer: str = "sgd"  # 'sgd' or 'adamw'
-    inner_schedule: str = "constant"  # 'constant' or 'cosine'
+    inner_lr: float = 0.02  # around 0.02 for 'sgd', 1e-3 for 'adamw' and 'normed'
+    inner_optimizer: str = "sgd"  # 'sgd', 'adamw' or 'normed'
+    inner_schedule: str = "constant"  # 'constant' or 'cosine', over the inner_steps of a task
     inner_warmup: int = 0  # inner steps of linear warm-up
-    inner_repeats: int = 1  # inner steps on each chunk, in reading too
-    inner_clip: float = 0.0  # of each inner gradient's norm, in reading too; 0 for none
+    inner_repeats: int = 1  # inner steps on each chunk, at test time too
+    inner_decay: float = 0.0  # the share of the way back to theta that each inner step takes
+    precondition: int = 0  # tasks whose squared gradients decide how 'sgd' and 'adamw' begin
     first_order: bool = False  # treat inner gradients as constants: the cost of plain training
     objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' one's
     learn_inner_lr: str = "no"  # a learned rate for each 'tensor' or 'element', from inner_lr on
@@ -85,7 +98,7 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            least = 1 if name in POSITIVE else 0
+            least = 1 if name in AT_LEAST_1 else 0
             if type(value) in (int, float) and not least <= value < 1e30:
                 raise ValueError(f"{name}={value} must be finite and at least {least}")
         if self.batch_size % (n := self.inner_steps + 1):
@@ -93,13 +106,6 @@ class Config:
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
             raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
 
-
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-COUNTS = ("batch_size", "tasks_per_step", "inner_repeats", "eval_interval", "eval_passages")
-POSITIVE = (*SHAPE[:-1], *COUNTS, "eval_rows")
-SIDE_BY_SIDE = 50_000_000  # parameters, in all passages that are read at once
-KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov")  # when a run is resumed
-NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0}  # how far a run has come, and its cost
 
 # --------------------------------------------------------------------------------------------------
 # the run
@@ -111,7 +117,7 @@ def train(given: dict):
     out = Path(cfg.out_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_shares(cfg, world_size)
-    device = pick_device(cfg.device)
+    device = run.pick_device(cfg.device)
     if world_size > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=bound, timeout=datetime.timedelta(minutes=10))
@@ -122,45 +128,52 @@ def train(given: dict):
     ckpt, model = {}, None
     resumed = cfg.resume and (out / "ckpt.pt").exists()
     if resumed or cfg.init_from != "scratch":
-        ckpt, model = load_checkpoint(out / "ckpt.pt" if resumed else Path(cfg.init_from))
+        source = out / "ckpt.pt" if resumed else cfg.init_from
+        ckpt, model = run.load_checkpoint(source, None if resumed else given.get("block_size"))
         shape = {name: getattr(model.config, name) for name in SHAPE}
         if wrong := {k: v for k, v in shape.items() if given.get(k, v) != v}:
             raise ValueError(f"the checkpoint has the shape {wrong}: leave these fields out")
-        cfg = dataclasses.replace(cfg, **shape)
-    data = Dataset(
-        Path(cfg.data_dir, cfg.dataset),
-        block_size=cfg.block_size,
-        batch_size=cfg.batch_size,
-        tasks_per_step=cfg.tasks_per_step,
-        tasks=cfg.tasks,
-        seed=cfg.seed,
-    )
-    ids = data.meta["vocab_size"]
+        cfg = replace(cfg, **shape)
+    data, plain_data = make_dataset(cfg), make_dataset(plainly(cfg))
     if model is None:
+        vocab_size = -(-data.meta["vocab_size"] // 64) * 64  # as matrix units like it
         shape = {name: getattr(cfg, name) for name in SHAPE}
-        model = GPT(GPTConfig(vocab_size=-(-ids // 64) * 64, **shape))  # as matrix units like it
-    tokenizer = ckpt.get("dataset", data.meta)["tokenizer"]  # nanoGPT does not name its own
-    if tokenizer != data.meta["tokenizer"] or model.config.vocab_size < ids:
+        model = GPT(GPTConfig(vocab_size=vocab_size, **shape))
+    elif run.tokenizer_of(ckpt) != data.meta["tokenizer"]:
         raise ValueError(f"{data.root} has other tokens than the checkpoint: prepare it alike")
 
     # learner and optimizer
-    learner = make_learner(cfg, model).to(device)
-    if ckpt.get("config", {}).get("inner_optimizer") == cfg.inner_optimizer:
-        load_rates(learner, ckpt["learner"])  # another optimizer's rates mean something else
+    inner = dict(
+        inner_steps=cfg.inner_steps,
+        inner_lr=cfg.inner_lr,
+        inner_optimizer=cfg.inner_optimizer,
+        first_order=cfg.first_order,
+        objective=cfg.objective,
+        learn_inner_lr=cfg.learn_inner_lr,
+        inner_schedule=cfg.inner_schedule,
+        inner_warmup=cfg.inner_warmup,
+        inner_repeats=cfg.inner_repeats,
+        inner_decay=cfg.inner_decay,
+    )
+    compute = dict(compile=cfg.compile, autocast=DTYPES[cfg.dtype])
+    learner = MAML(model, **inner, **compute).to(device)
+    plain_learner = MAML(model, inner_steps=0, **compute)
     optimizer = make_optimizer(cfg, learner)
-    at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # what a checkpoint cost, this run costs
+    at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # what its beginning has cost, it costs
     if resumed:
         check_same_run(ckpt, cfg, data)
+        run.load_rates(learner, ckpt["learner"])
         groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now
         optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
     else:
         at["step"] = 0
+        if ckpt.get("inner", {}).get("inner_optimizer") == cfg.inner_optimizer:
+            run.load_rates(learner, ckpt["learner"])  # another optimizer's rates are no rates of it
     if world_size > 1:  # file systems that lag may show the ranks different checkpoints
         seen = [None] * world_size
         dist.all_gather_object(seen, (at["step"], data.sha256))
         if len(set(seen)) > 1:
             raise ValueError(f"the processes begin at different steps or data: {seen}: start again")
-    ddp = DDP(learner, gradient_as_bucket_view=True) if world_size > 1 else learner
 
     # the log, and what is evaluated
     header = make_header(cfg, data, model, device, world_size, ckpt)
@@ -168,61 +181,65 @@ def train(given: dict):
     unseen = data.unseen(header["dataset"]["trained"]) if cfg.inner_steps else []
     chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
     if rank == 0:
-        open_log(out, header, at["step"], cfg.resume)
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out)  # until the process ends: no second one may write there
+        run.open_log(out, header, at["step"], cfg.resume)
         print(f"{header['params']:,} parameters on {header['device']}", flush=True)
-    stop_signals, stop = catch_signals(), False
-    mine = range(rank, cfg.tasks_per_step, world_size)
-    draws = ((step, task) for step in range(at["step"], cfg.max_steps) for task in mine)
-    batches = (to_device(data.task(*draw), device) for draw in draws)
+    stop_signals, stop, ddp = catch_signals(), False, None
+    batches = draw(cfg, data, plain_data, at["step"], rank, world_size, device)
     xy = next(batches, None)
     silent = True if rank else None  # None: no bar where the output is no terminal
     bar = tqdm(total=cfg.max_steps, initial=at["step"], unit="step", disable=silent)
 
     for step in range(at["step"], cfg.max_steps + 1):
-        at["step"], last = step, step == cfg.max_steps
+        at["step"], last, plain = step, step == cfg.max_steps, step < cfg.plain_steps
+        if step == cfg.plain_steps and cfg.precondition and learner.mean_square is None:
+            precondition(learner, cfg, data, at)
         evaluated = (step % cfg.eval_interval == 0 or last) and not stop
         if evaluated:
-            losses = evaluate(learner, val, unseen, chunk, rank, world_size)
-            check_finite(step, sum(sum(table.values()) for table in losses.values()))
+            watched = [] if plain else unseen  # before, no rate has learned anything
+            losses = evaluate(learner, val, watched, chunk, rank, world_size)
+            check_finite(step, sum(losses["loss"].values()))  # 'online' is watched, no more
         if rank == 0 and (evaluated or stop):
-            save(out, at, learner, optimizer, header)
+            run.save_checkpoint(out, checkpoint(at, inner, chunk, learner, optimizer, header))
         if rank == 0 and evaluated:
-            append_row(out, {"kind": "val", **at, **losses})
+            run.append_row(out, {"kind": "val", **at, **losses, **rates_moved(learner)})
             bar.write(one_line(step, losses, data.roles))
         if last or stop:
             break
 
-        began = time.perf_counter()
+        began, first = time.perf_counter(), ddp is None or step == cfg.plain_steps
+        if first:  # of the plain steps, or of the others
+            ddp = None  # two on one model would both hook its gradients
+            ddp = wrap(plain_learner if plain else learner, world_size)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
-        sums = torch.zeros(2, device=device)  # [loss, processes that were asked to stop]
-        for task in mine:
+        mine = (cfg.plain_tasks_per_step if plain else cfg.tasks_per_step) // world_size
+        loss = torch.zeros((), device=device)
+        for i in range(mine):
             # DDP averages over the ranks, each of which has as many tasks: the mean over all tasks.
             # Only the last task's backward need talk to the other ranks.
-            waits = world_size > 1 and task != mine[-1]
+            waits = world_size > 1 and i < mine - 1
             with ddp.no_sync() if waits else nullcontext():
-                loss = ddp(*xy) / len(mine)
-                loss.backward()
+                task_loss = ddp(*xy) / mine
+                task_loss.backward()
             xy = next(batches, None)  # drawn while a GPU works
-            sums[0] += loss.detach()
-        sums[1] += bool(stop_signals)
-        if world_size > 1:
-            dist.all_reduce(sums)
+            loss += task_loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        loss, stop, grad_norm = torch.stack([*sums, grad_norm]).tolist()  # the one wait for a GPU
-        loss /= world_size
+        loss, stop, grad_norm = agree(loss, bool(stop_signals), grad_norm, world_size)
         check_finite(step, loss + grad_norm)
         optimizer.step()
         learner.bound_rates()
         learner.zero_grad()
         took = time.perf_counter() - began
         if rank == 0 and step % 10 == 0:
-            append_row(out, {"kind": "train", **at, "loss": loss, "grad_norm": grad_norm})
-        at["tokens"] += header["tokens_per_step"]
-        at["flops"] += header["flops_per_step"]
-        at["seconds"] = round(at["seconds"] + took, 4)
-        flops = header["flops_per_step"] / took / world_size / 1e12
-        speed = f"{header['tokens_per_step'] / took:,.0f} tokens/s, {flops:.3g} TFLOP/s"
+            run.append_row(out, {"kind": "train", **at, "loss": loss, "grad_norm": grad_norm})
+        tokens, flops = cost_of_step(plainly(cfg) if plain else cfg, model)
+        at["tokens"] += tokens
+        at["flops"] += flops
+        clock = "compile_seconds" if first and cfg.compile else "seconds"
+        at[clock] = round(at[clock] + took, 4)
+        speed = f"{tokens / took:,.0f} tokens/s, {flops / took / world_size / 1e12:.3g} TFLOP/s"
         bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
         bar.update()
     bar.close()
@@ -233,30 +250,43 @@ def train(given: dict):
         raise SystemExit(f"stopped at step {step}: the same with --init_from=resume goes on")
 
 
-def make_learner(cfg: Config, model: GPT) -> MAML:
-    return MAML(
-        model,
-        inner_steps=cfg.inner_steps,
-        inner_lr=cfg.inner_lr,
-        inner_optimizer=cfg.inner_optimizer,
-        first_order=cfg.first_order,
-        objective=cfg.objective,
-        learn_inner_lr=cfg.learn_inner_lr,
-        inner_clip=cfg.inner_clip,
-        compile=cfg.compile,
-        autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
-        inner_schedule=cfg.inner_schedule,
-        inner_warmup=cfg.inner_warmup,
-        inner_repeats=cfg.inner_repeats,
+# --------------------------------------------------------------------------------------------------
+# its parts
+
+
+def plainly(cfg: Config) -> Config:
+    """How the plain steps are taken."""
+    rows = dict(batch_size=cfg.plain_batch_size, tasks_per_step=cfg.plain_tasks_per_step)
+    return replace(cfg, tasks="mixed", inner_steps=0, **rows) if cfg.plain_steps else cfg
+
+
+def make_dataset(cfg: Config) -> Dataset:
+    return Dataset(
+        Path(cfg.data_dir, cfg.dataset),
+        block_size=cfg.block_size,
+        batch_size=cfg.batch_size,
+        tasks_per_step=cfg.tasks_per_step,
+        tasks=cfg.tasks,
+        seed=cfg.seed,
     )
+
+
+def draw(cfg: Config, data: Dataset, plain_data: Dataset, first: int, rank, world_size, device):
+    """The tasks of one process, one after the other."""
+    for step in range(first, cfg.max_steps):
+        source = plain_data if step < cfg.plain_steps else data
+        for task in range(rank, source.tasks_per_step, world_size):
+            yield to_device(source.task(step, task), device)
 
 
 def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
     """AdamW over theta, which learning_rate=0 leaves as it is, and over the learned rates."""
     groups = learner.model.parameter_groups(cfg.weight_decay)
-    groups = [group | {"peak_lr": cfg.learning_rate} for group in groups]
+    groups = [group | {"peak_lr": cfg.learning_rate} for group in groups if cfg.learning_rate]
     if (rates := learner.log_inner_lr) is not None:
-        groups.append({"params": [rates], "weight_decay": 0.0, "peak_lr": cfg.inner_lr_lr})
+        # Gradients of log rates are far below 1e-8, which would be added to their root mean square.
+        free = {"betas": (0.9, 0.95), "eps": 1e-16, "weight_decay": 0.0}
+        groups.append({"params": [rates], "peak_lr": cfg.inner_lr_lr, **free})
     betas = (0.9, cfg.beta2)
     if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
         nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
@@ -265,19 +295,51 @@ def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
 
 
 def lr_factor(cfg: Config, step: int) -> float:
-    """Linear warm-up, then a cosine from 1 to 0.1 at max_steps."""
-    if step < cfg.warmup_steps:
-        return (step + 1) / (cfg.warmup_steps + 1)
-    t = (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps)
+    """Linear warm-up, then a cosine from 1 to 0.1; both for the plain steps and for the others."""
+    first, last = (
+        (0, cfg.plain_steps) if step < cfg.plain_steps else (cfg.plain_steps, cfg.max_steps)
+    )
+    step, steps = step - first, last - first
+    warmup = min(cfg.warmup_steps, steps // 8)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    t = (step - warmup) / max(1, steps - warmup)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, t)))
+
+
+def wrap(learner: MAML, world_size: int) -> nn.Module:
+    if world_size == 1:
+        return learner
+    return DDP(learner, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def agree(loss, stop: bool, grad_norm, world_size: int) -> tuple[float, bool, float]:
+    """The loss over all ranks, whether any was asked to stop, and the norm, in one wait for GPUs."""
+    numbers = torch.stack([loss, loss.new_tensor(float(stop)), grad_norm / world_size])
+    if world_size > 1:
+        dist.all_reduce(numbers)
+    loss, stop, grad_norm = numbers.tolist()
+    return loss / world_size, stop > 0, grad_norm
+
+
+def precondition(learner: MAML, cfg: Config, data: Dataset, at: dict):
+    """Mean squares of gradients of theta, over the chunks of some tasks of the first steps."""
+    device, n = next(learner.parameters()).device, cfg.tasks_per_step
+    drawn = [data.task(cfg.plain_steps + i // n, i % n) for i in range(cfg.precondition)]
+    bar = tqdm(drawn, "mean squared gradients", disable=None)
+    chunks = (chunk for xy in bar for chunk in learner.chunks(*to_device(xy, device)))
+    learner.precondition(mean_squares(learner, chunks))
+    tokens, flops = cost_of_step(replace(cfg, inner_steps=0), learner.model)
+    at["tokens"] += tokens * cfg.precondition // n
+    at["flops"] += flops * cfg.precondition / n
 
 
 @torch.no_grad()
 def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1) -> dict:
     """Nats per token on passages of val, by domain; the ranks share the domains out.
 
-    'loss' is theta's. 'online' is, on the same rows of `unseen` domains, the loss of a learner that
-    learns each chunk of so many rows as soon as it is predicted. Nothing here is compiled, since
+    'loss' is theta's. 'online' is, on the same rows of `unseen` domains, the loss of test-time
+    training: each chunk of so many rows is predicted, then learned. Nothing here is compiled, since
     domains may have val splits of many shapes.
     """
     device = next(learner.parameters()).device
@@ -295,46 +357,27 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
     return {"loss": loss, "online": {d: online[d] for d in unseen}}
 
 
-def read_passages(learner: MAML, x, y, rows: int):
-    """learner.read, as many passages side by side as copies of the parameters may be made.
+def rates_moved(learner: MAML) -> dict:
+    """The share of learned rates that are other than at first, by a hundredth at least."""
+    if learner.log_inner_lr is None:
+        return {}
+    moved = (learner.log_inner_lr - learner.log_inner_lr_start).abs() > 0.01
+    return {"rates_moved": round(moved.float().mean().item(), 4)}
 
-    Losses (P, R), and the last passage's phi (N,).
-    """
-    n, losses = max(1, SIDE_BY_SIDE // sum(learner.sizes)), []
-    for part in zip(x.split(n), y.split(n), strict=True):
-        loss, phi = learner.read(*part, rows)
-        losses.append(loss)
-    return torch.cat(losses), phi[-1]
+
+def cost_of_step(cfg: Config, model: GPT) -> tuple[int, float]:
+    """(tokens, FLOPs) of an outer step: forwards as in maml.py, and what the inner loop does to
+    each element: some FLOPs for its optimizer, and in first order five for the two sums."""
+    tokens, K = cfg.tasks_per_step * cfg.batch_size * cfg.block_size, cfg.inner_steps
+    steps = K * cfg.inner_repeats
+    forwards = ((3 if cfg.first_order else 12) * steps + 3) / (K + 1)
+    each = {"sgd": 2, "adamw": 15, "normed": 12}.get(cfg.inner_optimizer, 5) + 5
+    elements = each * steps * cfg.tasks_per_step * sum(p.numel() for p in model.parameters())
+    return tokens, forwards * tokens * model.flops_per_token(cfg.block_size) + elements
 
 
 # --------------------------------------------------------------------------------------------------
-# checkpoints and the log
-
-
-def load_checkpoint(path: Path) -> tuple[dict, GPT]:
-    """A checkpoint, ours or nanoGPT's, and its model. Only tensors and plain values are loaded."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train first, or give a ckpt.pt's path")
-    try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        args = {k: v for k, v in ckpt["model_args"].items() if k != "dropout"}  # nanoGPT's
-        model = GPT(GPTConfig(**args))
-        model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in ckpt["model"].items()})
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ValueError(f"{path} is cut short, or no checkpoint of a GPT ({why})") from error
-    return ckpt, model
-
-
-@torch.no_grad()
-def load_rates(learner: MAML, saved: dict):
-    """Rates that a checkpoint's learner has. That of a tensor fills its elements."""
-    new, old = learner.log_inner_lr, saved.get("log_inner_lr")
-    if new is None or old is None:
-        return
-    if len(old) > len(new):
-        raise ValueError("the checkpoint has rates of elements: set learn_inner_lr=element")
-    new.copy_(old if len(old) == len(new) else learner.by_element(old))
+# what is kept and printed
 
 
 def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
@@ -343,72 +386,40 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{cfg.out_dir} has no run of train.py: give its ckpt.pt as --init_from")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
-    old = {k: ckpt["config"][k] for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
+    old = {k: ckpt["config"].get(k) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
     new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
 
 
-def save(out: Path, at: dict, learner: MAML, optimizer, header: dict):
-    """ckpt.pt, atomically: written beside it and renamed, so that there is always a whole one."""
-    rates = {} if learner.log_inner_lr is None else {"log_inner_lr": learner.log_inner_lr.detach()}
-    ckpt = {
+def checkpoint(at: dict, inner: dict, chunk: int, learner: MAML, optimizer, header: dict) -> dict:
+    """All that a run goes on from, or that reading a text needs: inner, and rows of a chunk."""
+    return {
         "model": learner.model.state_dict(),
-        "model_args": dataclasses.asdict(learner.model.config),
-        "learner": rates,
+        "model_args": asdict(learner.model.config),
+        "inner": inner | {"rows": chunk},
+        "learner": run.rates_of(learner),
         "optimizer": optimizer.state_dict(),
         "config": header["config"],
         "dataset": header["dataset"],
         **at,
     }
-    with open(out / "ckpt.pt.tmp", "wb") as file:
-        torch.save(ckpt, file)
-        os.fsync(file.fileno())  # or a power cut may keep the rename and lose the content
-    os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")
-
-
-def open_log(out: Path, header: dict, first_step: int, resume: bool):
-    """Begins log.jsonl with the run's header; of an earlier one, rows before first_step stay."""
-    path, rows = out / "log.jsonl", []
-    if path.exists():
-        if not resume:
-            raise ValueError(f"{out} holds a run: --init_from=resume goes on; or another out_dir")
-        rows = map(json.loads, path.read_text().split("\n")[:-1])  # a line cut short has no end
-        rows = [r for r in rows if r.get("step", -1) < first_step or r["kind"] == "adapt"]
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / "log.jsonl.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
-    os.replace(temporary, path)
-
-
-def append_row(out: Path, row: dict):
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt: dict) -> dict:
     """The log's first row: what is needed to make the run again and to read its log."""
-    git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # by a shell: it may be absent
-    how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-    on_gpu = device.type == "cuda"
-    kind = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {device.type}"
-    tokens = cfg.tasks_per_step * cfg.batch_size * cfg.block_size
-    steps = cfg.inner_steps * cfg.inner_repeats
-    forwards = ((3 if cfg.first_order else 12) * steps + 3) / (cfg.inner_steps + 1)  # as in maml.py
     # No text that the checkpoint was trained on may count as unseen.
     trained = {h for shards in data.trained.values() for h in shards.values()}
     trained |= {*ckpt.get("dataset", {}).get("trained", [])}
+    tokens, flops = cost_of_step(cfg, model)
     return {
         "kind": "run",
-        "command": " ".join(["python train.py", *sys.argv[1:]]),
-        "config": dataclasses.asdict(cfg),
-        "commit": subprocess.run(git, **how).stdout.strip() or "unknown",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": f"{world_size} x {kind}",
+        **run.where_and_how(device, world_size),
+        "config": asdict(cfg),
         "params": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": tokens,
-        "flops_per_step": forwards * tokens * model.flops_per_token(cfg.block_size),
+        "flops_per_step": flops,
         "dataset": {
             "name": cfg.dataset,
             "tokenizer": data.meta["tokenizer"],
@@ -417,62 +428,6 @@ def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt
             "trained": sorted(trained),
         },
     }
-
-
-# --------------------------------------------------------------------------------------------------
-# processes, devices, signals
-
-
-def check_shares(cfg: Config, world_size: int):
-    if cfg.tasks_per_step % world_size:
-        rows, remedy = cfg.batch_size * cfg.tasks_per_step, "change either"
-        if cfg.inner_steps == 0 and rows % world_size == 0:  # for plain training, rows are rows
-            remedy = f"--tasks_per_step={world_size} --batch_size={rows // world_size} is as much"
-        what = f"{world_size} processes cannot share tasks_per_step={cfg.tasks_per_step} out"
-        raise ValueError(f"{what}: {remedy}")
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r} here ({error}): try --device=auto") from None
-
-
-def to_device(xy, device: torch.device):
-    if device.type == "cuda":  # what is pinned is copied while the host goes on
-        xy = [t.pin_memory() for t in xy]
-    return [t.to(device, non_blocking=True) for t in xy]
-
-
-def catch_signals() -> list:
-    """A list that fills when the run is asked to stop. Asked again, it stops at once."""
-    caught = []
-
-    def handle(number, frame):
-        if caught and time.monotonic() > caught[0] + 1:  # sooner it is torchrun's echo of Ctrl-C
-            raise SystemExit("stopped at once: the last checkpoint is whole")
-        caught.append(time.monotonic())
-
-    for number in (signal.SIGTERM, signal.SIGINT):  # what Slurm and a person send
-        signal.signal(number, handle)
-    return caught
-
-
-def check_finite(step: int, value: float):
-    if not math.isfinite(value):
-        remedy = "lower learning_rate or inner_lr, or set inner_clip=1"
-        what = f"step {step}: a loss or gradient is not finite: {remedy}"
-        raise SystemExit(f"{what}; --init_from=resume goes on from the last checkpoint")
-
-
-# --------------------------------------------------------------------------------------------------
-# what is printed, and the command line
 
 
 def one_line(step: int, losses: dict, roles: dict) -> str:
@@ -484,52 +439,50 @@ def one_line(step: int, losses: dict, roles: dict) -> str:
     return text
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, like any other mistake
-        raise ValueError(message)
+# --------------------------------------------------------------------------------------------------
+# processes, devices, signals
 
 
-def read_arguments(argv: list[str]) -> dict:
-    """Fields of Config from ['config/x.py', '--key=value', ...], flags over files.
-
-    ValueError names a wrong type, and the nearest name of a key that does not exist.
-    """
-    about = "What a flag means is said beside its default, in Config at the top of train.py."
-    usage = "%(prog)s [config/x.py] [--key=value ...]"
-    how = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = Parser(usage=usage, description=about, **how)
-    for field in dataclasses.fields(Config):
-        words = get_args(field.type) or None  # of a Literal
-        kind = str if words else field.type
-        if field.type is bool:
-            kind, words = boolean, (True, False)
-        parser.add_argument(f"--{field.name}", type=kind, choices=words, metavar=field.default)
-    flags = []
-    for path in [argument for argument in argv if not argument.startswith("-")]:
-        if not Path(path).is_file():
-            raise ValueError(f"no config file {path}; flags are written --key=value")
-        for name, value in runpy.run_path(path).items():  # in a namespace of its own
-            if name[0] != "_" and not isinstance(value, ModuleType):
-                flags.append(f"--{name}={value}")
-    flags += [argument for argument in argv if argument.startswith("-")]
-    # to resume leaves what the run began from on record
-    flags = ["--resume=true" if flag == "--init_from=resume" else flag for flag in flags]
-    known, unknown = parser.parse_known_args(flags)
-    for flag in unknown:
-        name = flag.lstrip("-").partition("=")[0]
-        near = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(Config)], 1)
-        hint = f"did you mean --{near[0]}?" if near else "python train.py --help lists them"
-        raise ValueError(f"there is no {flag}: {hint}")
-    return vars(known)
+def check_shares(cfg: Config, world_size: int):
+    for tasks, rows, K in (
+        ("tasks_per_step", "batch_size", cfg.inner_steps),
+        ("plain_tasks_per_step", "plain_batch_size", 0),
+    ):
+        n, total = getattr(cfg, tasks), getattr(cfg, tasks) * getattr(cfg, rows)
+        if n % world_size == 0 or (tasks[0] == "p" and not cfg.plain_steps):
+            continue
+        remedy = "change either"
+        if K == 0 and total % world_size == 0:  # for plain training, rows are rows
+            remedy = f"--{tasks}={world_size} --{rows}={total // world_size} is as much"
+        raise ValueError(f"{world_size} processes cannot share {tasks}={n} out: {remedy}")
 
 
-def boolean(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
+def to_device(xy, device: torch.device):
+    if device.type == "cuda":  # what is pinned is copied while the host goes on
+        xy = [t.pin_memory() for t in xy]
+    return [t.to(device, non_blocking=True) for t in xy]
+
+
+def catch_signals() -> list:
+    """A list that fills when the run is asked to stop, by Slurm, torchrun or a person."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: caught.append(1))
+    return caught
+
+
+def check_finite(step: int, value: float):
+    if not math.isfinite(value):
+        what = f"step {step}: a loss or gradient is not finite: lower learning_rate or inner_lr"
+        raise SystemExit(f"{what}; --init_from=resume goes on from the last checkpoint")
 
 
 def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    # to resume leaves what the run began from on record
+    argv = ["--resume=true" if flag == "--init_from=resume" else flag for flag in argv]
     try:
-        train(read_arguments(sys.argv[1:] if argv is None else argv))
+        train(run.read_flags(Config, argv, __doc__))
     except (ValueError, OSError) as error:
         raise SystemExit(f"train.py: {error}") from None
 
