@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import run
-from maml import MAML, adamw, dynamic_rates, mean_squares, read_passages
+from maml import MAML, adamw, read_passages
 from model import GPT
 from prepare_data import get_tokenizer
 from tasks import Dataset, batch
@@ -78,8 +78,9 @@ class Reader:
             rows = min(self.own_rows, max(1, x.size(1) // 2))  # of a short text some is learned
         else:
             learner = getattr(self, rule)(**options)
-        losses, phi = read_passages(learner, x, y, rows)
-        return losses.cpu().numpy(), learner.by_name(phi)
+        n = options.get("steps", 1)  # rows that come n times are learned n times
+        losses, phi = read_passages(learner, *(t.repeat_interleave(n, 1) for t in (x, y)), rows)
+        return losses[:, ::n].cpu().numpy(), learner.by_name(phi)
 
     def own(self) -> MAML:
         inner = {k: v for k, v in self.ckpt["inner"].items() if k != "rows"}
@@ -87,10 +88,10 @@ class Reader:
         run.load_rates(learner, self.ckpt["learner"])
         return learner
 
-    def adamw(self, lr: float, frozen: bool, beta2: float, steps: int) -> MAML:
+    def adamw(self, lr: float, frozen: bool, beta2: float, **_) -> MAML:
         for name, p in self.model.named_parameters():
             p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
-        learner = MAML(self.model, 1, lr, "adamw", inner_repeats=steps)
+        learner = MAML(self.model, 1, lr, "adamw")
         self.model.requires_grad_(True)
         learner.direction = partial(adamw, beta2=beta2)
         return learner
@@ -98,17 +99,24 @@ class Reader:
     def dynamic(self, lr: float, eps: float, decay: float) -> MAML:
         learner = MAML(self.model, 1, lr, learn_inner_lr="element", inner_decay=decay)
         if self.mean_square is None:
-            rows = tqdm(self.statistics(), "squared gradients", disable=None)
-            self.mean_square = mean_squares(learner, rows)
+            self.mean_square = mean_square(learner, self.statistics())
+        rms = self.mean_square.sqrt()
         with torch.no_grad():
-            learner.log_inner_lr.copy_(dynamic_rates(self.mean_square, lr, eps).log())
+            learner.log_inner_lr.copy_((lr / (rms + eps * rms.mean())).log())
         return learner
 
     def forwards(self, rule: str, options: dict) -> int:
         """The cost of reading a token: a forward, and two more for each gradient."""
-        own = 3 * self.ckpt.get("inner", {}).get("inner_repeats", 1)
-        steps = options.get("steps", 1)
-        return {"none": 1, "adamw": 3 * steps, "dynamic": 3, "own": own, "safe": own + 1}[rule]
+        return {"none": 1, "dynamic": 3, "own": 3, "safe": 4}.get(rule, 3 * options.get("steps", 1))
+
+
+@torch.no_grad()
+def mean_square(learner: MAML, rows: list) -> torch.Tensor:
+    """The mean squared gradient (N,) of theta over rows [(x, y), ...], each (1, T)."""
+    theta, total = learner.vectors()[0], 0.0
+    for row in tqdm(rows, "squared gradients", disable=None):
+        total = total + learner.gradient(theta, *row)[0].square_()
+    return total / len(rows)
 
 
 def mixture(losses: np.ndarray, T: int) -> np.ndarray:
@@ -158,7 +166,9 @@ def adapt(args):
         if not chosen[rule]:
             print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
     curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
-    bar = tqdm(itertools.product(passages, rules), "reading", len(passages) * len(rules), disable=None)
+    bar = tqdm(
+        itertools.product(passages, rules), "reading", len(passages) * len(rules), disable=None
+    )
     for name, rule in bar:
         x, y = passages[name]
         losses, learned = reader.read(rule, x, y, **options[rule])  # (P, R)

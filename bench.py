@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from maml import MAML
 from model import GPT, GPTConfig
+from run import pick_device, read_flags
 from tasks import batch
-from train import SHAPE, Config, make_optimizer, pick_device, read_arguments, to_device
+from train import DTYPES, SHAPE, Config, make_optimizer, to_device
 
 ROUNDS, COLUMNS = 5, ("ms", "tokens/s", "per token", "forwards", "of count", "memory", "TFLOP/s")
 graphs = torch._dynamo.utils.counters["stats"]  # what torch.compile has compiled so far
@@ -63,9 +64,9 @@ def bench(cfg: Config, vocab_size: int):
 
 def make_step(cfg: Config, model: GPT, inner_steps: int, first_order=False, learn_inner_lr="no"):
     """A function of tasks that takes an outer step, and returns the tensors that are kept."""
-    how = {name: getattr(cfg, name) for name in ("inner_lr", "inner_optimizer", "inner_clip")}
-    how |= dict(first_order=first_order, learn_inner_lr=learn_inner_lr, compile=cfg.compile)
-    how["autocast"] = torch.bfloat16 if cfg.dtype == "bfloat16" else None
+    same = ("inner_lr", "inner_optimizer", "inner_schedule", "inner_warmup", "objective", "compile")
+    how = {name: getattr(cfg, name) for name in same} | {"autocast": DTYPES[cfg.dtype]}
+    how |= {"first_order": first_order, "learn_inner_lr": learn_inner_lr}
     learner = MAML(model, inner_steps, **how)
     optimizer = make_optimizer(cfg, learner)
     for group in optimizer.param_groups:
@@ -103,7 +104,7 @@ def peak_memory(step, tasks) -> int:
 
 if __name__ == "__main__":
     try:
-        given = {"inner_steps": 15, "batch_size": 128} | read_arguments(sys.argv[1:])
+        given = {"inner_steps": 15, "batch_size": 128} | read_flags(Config, sys.argv[1:], __doc__)
         bench(Config(**given), 50_304 if given.get("dataset") == "common_pile" else 320)
     except (ValueError, OSError) as error:
         raise SystemExit(f"bench.py: {error}") from None

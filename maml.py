@@ -16,10 +16,10 @@ counts the last chunk alone: how well (Finn et al. 2017, arXiv 1703.03400). K = 
 The gradient of the outer loss comes in two orders. F is a forward of one chunk:
 
     plain training   3 (K + 1) F     a gradient is a forward, and a backward of twice its cost
-    first order      3 (K + 1) F     each g_j is a constant: two running sums beside the inner loop
-    second order    (12 K + 3) F     exact: it differentiates through each g_j, by computing it again
+    first order      3 (K + 1) F     takes each g_j for a constant: two sums beside the inner loop
+    second order    (12 K + 3) F     exact: differentiates through each g_j, computing it again
 
-All results of this repository are first order, unless they say otherwise.
+Results of this repository are first order, unless they say otherwise.
 
 The README's example keeps weights in dicts by name. Here theta, phi, g, d and alpha are vectors:
 the N elements of all parameters that learn, end to end. An update is one kernel then, not one for
@@ -49,7 +49,7 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
     by f's first argument, and f. It can be differentiated again: here the outer one goes through
     the inner ones. An optimizer's step() cannot be, since it overwrites theta.
 
-    Training computes the same with the activations of one chunk alive. The tests compare them.
+    Training computes the same with the activations of one chunk alive: the tests compare them.
     """
 
     def gradient(phi, x, y):
@@ -80,11 +80,9 @@ def inner_loop(learner: "MAML", theta: Tensor, rates: Tensor, chunks: list, grad
     """
     phi, state, losses = theta, learner.start(theta), []
     for (xj, yj), factor in zip(chunks, learner.factors(len(chunks)), strict=True):
-        for repeat in range(learner.inner_repeats):
-            g, loss = gradient(phi, xj, yj)
-            if repeat == 0:
-                losses.append(loss)
-            phi, state = learner.step(phi, theta, factor * rates, g, state)
+        g, loss = gradient(phi, xj, yj)
+        losses.append(loss)
+        phi, state = learner.step(phi, theta, factor * rates, g, state)
     return losses, phi
 
 
@@ -107,10 +105,8 @@ def adamw(g, state, layout, beta1=0.9, beta2=0.95):
     return (m / bias1) / ((v / bias2 + 1e-24).sqrt() + 1e-8), (m, v, bias1, bias2)
 
 
-def adamw_start(theta, moments=None):
-    """moments (N,): second moments to begin with, as if it had gone on for long."""
-    zeros, zero = torch.zeros_like(theta), theta.new_zeros(())
-    return (zeros, zeros, zero, zero) if moments is None else (zeros, moments, zero, zero + 1)
+def adamw_start(theta):
+    return (torch.zeros_like(theta),) * 2 + (theta.new_zeros(()),) * 2
 
 
 def normed(g, state, layout):
@@ -154,10 +150,11 @@ class MAML(nn.Module):
 
     inner_optimizer is a key of DIRECTIONS, objective of OBJECTIVES, inner_schedule of SCHEDULES,
     which begin after inner_warmup steps of linear warm-up. learn_inner_lr: 'no', or a learned rate
-    for each 'tensor' or 'element', from inner_lr on. inner_repeats: steps on each chunk.
-    inner_decay: the share of the way back to theta that each step takes, as dynamic evaluation
-    does (Krause et al. 2018, arXiv 1709.07432). autocast: the dtype of matrix products. Parameters
-    that require no gradient when the learner is made are left as they are.
+    for each 'tensor' or 'element', from inner_lr on. inner_decay: the share of the way back to
+    theta that each step takes (dynamic evaluation, Krause et al. 2018, arXiv 1709.07432).
+    autocast: the dtype of matrix products. Parameters that require no gradient when the learner
+    is made are left as they are. backward() gives the outer gradient; in second order
+    torch.autograd.grad raises, as reentrant checkpoints do not know it.
     ValueError for an unknown word, and for parameters of several dtypes or devices.
     """
 
@@ -174,44 +171,37 @@ class MAML(nn.Module):
         autocast: torch.dtype | None = None,
         inner_schedule: str = "constant",
         inner_warmup: int = 0,
-        inner_repeats: int = 1,
         inner_decay: float = 0.0,
     ):
         super().__init__()
-        if min(inner_lr, inner_repeats) <= 0 or min(inner_steps, inner_warmup, inner_decay) < 0:
-            positive = "inner_lr and inner_repeats must be positive"
-            raise ValueError(f"{positive}; inner_steps, inner_warmup and inner_decay not negative")
+        if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_decay) < 0:
+            raise ValueError("inner_lr must be positive, and no other number negative")
         self.model, self.inner_steps, self.inner_lr = model, inner_steps, inner_lr
         self.direction, self.start = choose(DIRECTIONS, inner_optimizer)
         self.schedule, self.inner_warmup = choose(SCHEDULES, inner_schedule), inner_warmup
         self.first_order, self.autocast = first_order, autocast
-        self.inner_repeats, self.inner_decay = inner_repeats, inner_decay
+        self.inner_decay = inner_decay
         self.loss_weights = choose(OBJECTIVES, objective)(inner_steps + 1)
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
             raise ValueError("the inner loop needs parameters to learn, of one dtype and device")
         embeddings = [id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)]
-        self.layout = [
-            (p.shape, p.dim() == 2 and id(p) not in embeddings) for p in learning.values()
-        ]
+        matrices = [p.dim() == 2 and id(p) not in embeddings for p in learning.values()]
+        self.layout = [(p.shape, m) for p, m in zip(learning.values(), matrices, strict=True)]
         self.names, self.sizes = [*learning], [p.numel() for p in learning.values()]
         counts = {"no": 0, "tensor": len(self.sizes), "element": sum(self.sizes)}
-        count = choose(counts, learn_inner_lr) if inner_steps else 0
-        start = self.constant(math.log(inner_lr)).repeat(count) if count else None
-        self.log_inner_lr = nn.Parameter(start) if count else None
-        self.register_buffer("log_inner_lr_start", start)  # the centre of their bound
-        self.register_buffer("mean_square", None)
-        # Whole functions are compiled: a compiled loss under an eager grad would run uncompiled.
-        if compile:
+        self.log_inner_lr = None
+        if (count := choose(counts, learn_inner_lr)) and inner_steps:
+            self.log_inner_lr = nn.Parameter(self.constant(math.log(inner_lr)).repeat(count))
+        if compile:  # whole functions: a compiled loss under an eager grad would run uncompiled
             whole = partial(torch.compile, fullgraph=True, dynamic=False)
-            self.plain_loss = whole(self.plain_loss)
+            self.plain_loss, self.last_loss = whole(self.plain_loss), whole(self.last_loss)
             self.first_order_step = whole(self.first_order_step)
             self.unfused_gradient = whole(self.unfused_gradient)
-            self.last_loss = whole(self.last_loss)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.inner_steps == 0:
-            return self.plain_loss(dict(self.model.named_parameters()), x, y)
+            return self.plain_loss(x, y)
         theta, log_lr = self.vectors()
         if self.first_order:
             return self.first_order_loss(theta, log_lr, x, y)
@@ -278,12 +268,12 @@ class MAML(nn.Module):
         with torch.autocast(kind, self.autocast, self.autocast is not None, cache_enabled=False):
             return functional_call(self.model, parameters, (x, y))[1]  # tied weights stay tied
 
-    # These three are compiled. In second order the gradient is computed with its graph only when
-    # autograd comes back, from phi, which is all that checkpoint keeps of an inner step. torch's
+    # What training calls, and compiles. Of an inner step in second order, checkpoint keeps phi
+    # alone. The gradient is computed again, with its graph, when autograd comes back. torch's
     # other kind of checkpoint (use_reentrant=False) works by hooks, which torch.func forbids.
 
-    def plain_loss(self, parameters, x, y):
-        return self.model_loss(parameters, x, y)
+    def plain_loss(self, x, y):
+        return self.model_loss(dict(self.model.named_parameters()), x, y)
 
     def last_loss(self, phi, x, y):
         return self.loss(phi, x, y)
@@ -310,62 +300,45 @@ class MAML(nn.Module):
 
     def first_order_loss(self, theta: Tensor, log_lr: Tensor | None, x, y) -> Tensor:
         with torch.no_grad():
-            rates, state, total = self.rates(log_lr), self.start(theta), 0.0
-            d_theta = torch.zeros_like(theta)
-            d_log_lr = None if log_lr is None else torch.zeros_like(theta)
-            start, phi = theta.detach(), theta.detach()  # not one object: see DESIGN
-            chunks = self.chunks(x, y)
+            start, phi = theta.detach(), theta.detach()  # one object twice compiles a second graph
+            rates, state, total = self.rates(log_lr), self.start(start), 0.0
+            d_theta = torch.zeros_like(start)
+            d_log_lr = None if log_lr is None else torch.zeros_like(start)
+            sums, chunks = (d_theta, d_log_lr), self.chunks(x, y)
             weights, factors = self.constant(self.loss_weights), self.factors(len(chunks))
-            for j, (xj, yj) in enumerate(chunks):
-                last = j == self.inner_steps  # only predicted: what it makes of phi is not used
-                for repeat in range(1 if last else self.inner_repeats):
-                    weight = weights[j] * (repeat == 0)
-                    loss, phi, state = self.first_order_step(
-                        d_theta, d_log_lr, start, phi, rates, state, xj, yj, weight, factors[j]
-                    )
-                    total = total + loss
-        # autograd and DDP need a loss to call backward() on: theta @ d_theta has the gradient
-        # d_theta. Less its own value, it adds nothing to the loss.
+            for chunk, *how in zip(chunks, weights, factors, strict=True):
+                loss, phi, state = self.first_order_step(
+                    sums, start, phi, state, rates, chunk, *how
+                )
+                total = total + loss
+        # backward() and DDP need a loss to begin from: d_theta is the gradient of theta @ d_theta,
+        # which, less its own value, adds nothing to the loss.
         linear = theta @ d_theta
         if log_lr is not None:
             linear = linear + self.by_element(log_lr) @ d_log_lr
         return total + (linear - linear.detach())
 
-    def first_order_step(self, d_theta, d_log_lr, theta, phi, rates, state, x, y, weight, factor):
-        """An inner step that adds to both sums. The chunk's part of the outer loss, phi, state."""
-        g, loss = self.gradient(phi, x, y)
+    def first_order_step(self, sums, theta, phi, state, rates, chunk, weight, factor):
+        """An inner step that adds to the sums. Its part of the outer loss, and phi and state.
+
+        The phi after the last chunk is not used. All chunks share one compiled graph that way.
+        """
+        d_theta, d_log_lr = sums  # changed in place: nothing differentiates through them
+        g, loss = self.gradient(phi, *chunk)
         d_theta.addcmul_(g, weight)
         if d_log_lr is not None:
             d_log_lr.addcmul_((phi - theta).mul_(g), weight)
         return weight * loss, *self.step(phi, theta, factor * rates, g, state)
 
-    # ----------------------------------------------------------------------------------------------
-    # the learned rates
-
-    @torch.no_grad()
-    def precondition(self, mean_square: Tensor):
-        """Begins where gradients at theta say, by their mean squares (N,): see mean_squares.
-
-        AdamW's second moments begin there. The rates of others become those of dynamic evaluation,
-        inner_lr / (rms + 0.3 mean rms).
-        """
-        self.mean_square = mean_square
-        if self.start is adamw_start:
-            self.start = partial(adamw_start, moments=mean_square)
-        elif self.log_inner_lr is not None and len(self.log_inner_lr) == len(mean_square):
-            self.log_inner_lr.copy_(dynamic_rates(mean_square, self.inner_lr).log())
-            self.log_inner_lr_start = self.log_inner_lr.detach().clone()
-
     @torch.no_grad()
     def bound_rates(self):
-        """To be called after each outer step: rates stay within a factor of 150 of their start.
+        """To be called after each outer step: rates stay within a factor of 150 of inner_lr.
 
         An element whose gradient is seldom other than zero may be pushed one way for ever. Then
         comes a text where it is not zero, and phi is thrown far off.
         """
         if self.log_inner_lr is not None:
-            low, high = (self.log_inner_lr_start + s * math.log(150) for s in (-1, 1))
-            self.log_inner_lr.clamp_(low, high)
+            self.log_inner_lr.clamp_(math.log(self.inner_lr / 150), math.log(self.inner_lr * 150))
 
     # ----------------------------------------------------------------------------------------------
     # reading: test-time training, the same inner loop over a passage of any length
@@ -404,19 +377,3 @@ def read_passages(learner: MAML, x: Tensor, y: Tensor, rows: int) -> tuple[Tenso
         loss, phi = learner.read(*part, rows)
         losses.append(loss)
     return torch.cat(losses), phi[-1]
-
-
-@torch.no_grad()
-def mean_squares(learner: MAML, chunks) -> Tensor:
-    """The mean squared gradient (N,) of theta over chunks [(x, y), ...], each (rows, T)."""
-    theta, total, count = learner.vectors()[0], 0.0, 0
-    for x, y in chunks:
-        g, _ = learner.gradient(theta, x, y)
-        total, count = total + g.square_(), count + 1
-    return total / count
-
-
-def dynamic_rates(mean_square: Tensor, lr: float, eps: float = 0.3) -> Tensor:
-    """Rates (N,) of dynamic evaluation: lr / (rms + eps mean rms) (Krause et al. 2019, 1904.08378)."""
-    rms = mean_square.sqrt()
-    return lr / (rms + eps * rms.mean())

@@ -54,7 +54,7 @@ def read_flags(config: type, argv: list[str], about: str = "") -> dict:
 
 
 def parse(name: str, kind, value):
-    """A value of that kind, from a flag's text or a config file; ValueError says what it must be."""
+    """A value of that kind, from a flag or a config file; ValueError says what it must be."""
     text, words = str(value), get_args(kind)  # words of a Literal
     if kind is bool:
         words, text = ("True", "False"), text.capitalize()
@@ -185,24 +185,26 @@ def tokenizer_of(ckpt: dict) -> str:
     return found[0]
 
 
+def inner_of(ckpt: dict) -> str | None:
+    """The inner optimizer that a checkpoint's rates are for."""
+    return ckpt.get("inner", {}).get("inner_optimizer")
+
+
 def rates_of(learner) -> dict:
-    """What a checkpoint keeps of a learner, beside its model."""
-    kept = ("log_inner_lr", "log_inner_lr_start", "mean_square")
-    return {k: getattr(learner, k).detach() for k in kept if getattr(learner, k) is not None}
+    """The part of a learner that a checkpoint keeps beside its model."""
+    rates = learner.log_inner_lr
+    return {} if rates is None else {"log_inner_lr": rates.detach()}
 
 
 @torch.no_grad()
 def load_rates(learner, saved: dict):
-    """Rates that a checkpoint's learner has, with their bound. That of a tensor fills its elements."""
-    if "mean_square" in saved:
-        learner.precondition(saved["mean_square"].to(next(learner.parameters()).device))
-    for name in ("log_inner_lr", "log_inner_lr_start"):
-        new, old = getattr(learner, name), saved.get(name, saved.get("log_inner_lr"))
-        if new is None or old is None:
-            return
-        if len(old) > len(new):
-            raise ValueError("the checkpoint has rates of elements: set learn_inner_lr=element")
-        new.copy_(old if len(old) == len(new) else learner.by_element(old.to(new.device)))
+    """Rates that a checkpoint's learner has. That of a tensor fills its elements."""
+    new, old = learner.log_inner_lr, saved.get("log_inner_lr")
+    if new is None or old is None:
+        return
+    if len(old) > len(new):
+        raise ValueError("the checkpoint has rates of elements: set learn_inner_lr=element")
+    new.copy_(old if len(old) == len(new) else learner.by_element(old.to(new.device)))
 
 
 def save_checkpoint(out: Path, ckpt: dict):

@@ -43,6 +43,7 @@ import bench
 import maml
 import plot
 import prepare_data
+import run
 import tasks
 import train
 from maml import MAML, meta_grad
@@ -53,6 +54,7 @@ torch.set_num_threads(1)  # tensors this small only wait for a second thread
 DRY = bool(os.environ.get("DRY_RUN"))  # what make gpu-check does, tiny and on a CPU
 DEVICE = "cpu" if DRY else "cuda"
 refused = partial(pytest.raises, SystemExit)  # a user's mistake ends the program with one line
+read_flags = partial(run.read_flags, train.Config)
 
 # --------------------------------------------------------------------------------------------------
 # what the tests share
@@ -175,7 +177,7 @@ def printed(main, *arguments) -> str:
     return out.getvalue()
 
 
-def run(*command, **how) -> subprocess.CompletedProcess:
+def execute(*command, **how) -> subprocess.CompletedProcess:
     """A program in a process of its own."""
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, capture_output=True, text=True, **how)
@@ -202,7 +204,7 @@ def log_of(out_dir) -> dict[str, list[dict]]:
     """The rows of a log by kind, without what no two runs share: headers and seconds."""
     log = defaultdict(list)
     for row in plot.read_log(out_dir):
-        log[row.pop("kind")].append({k: v for k, v in row.items() if k != "seconds"})
+        log[row.pop("kind")].append({k: v for k, v in row.items() if "seconds" not in k})
     assert log.pop("run")
     return log
 
@@ -226,7 +228,7 @@ identical = partial(torch.testing.assert_close, rtol=0, atol=0)
 README = (HERE / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 ADDED = re.findall(r"^\+(.*)", README, re.MULTILINE)  # another inner optimizer, "momentum"
-exec("\n".join(ADDED), {"torch": torch, "UPDATES": maml.UPDATES})
+exec("\n".join(ADDED), {"torch": torch, "DIRECTIONS": maml.DIRECTIONS})
 
 
 class Toy(nn.Module):
@@ -323,7 +325,7 @@ def test_reading_is_torch_optim_and_its_mean_loss_is_what_training_lowers(name, 
     model, (x, y), (lr, optimizer, rtol) = tiny_gpt(), task(3, 8), OPTIMIZERS[name]
     learner = MAML(model, 2, lr, name, learn_inner_lr=learned, inner_repeats=2).double()
     rates = [lr if learned == "no" else lr / (1 + i) for i in range(len(learner.sizes))]
-    train.load_rates(learner, {"log_inner_lr": torch.tensor(rates, dtype=torch.float64).log()})
+    run.load_rates(learner, {"log_inner_lr": torch.tensor(rates, dtype=torch.float64).log()})
     losses, phi = learner.read(x[None], y[None])
     assert learner(x, y).item() == pytest.approx(losses.mean().item(), rel=1e-12)
     parameters = zip(model.parameters(), rates, strict=True)
@@ -436,7 +438,7 @@ def test_bfloat16_agrees_with_float32_and_leaves_parameters_and_updates_in_float
 def test_the_flops_of_the_log_are_what_the_flop_counter_counts(pretrain, K, first_order):
     how = dict(inner_steps=K, first_order=first_order, inner_repeats=2, learn_inner_lr="no")
     out = pretrain(n_embd=64, n_layer=2, max_steps=1, **how)
-    _, model = train.load_checkpoint(out / "ckpt.pt")
+    _, model = run.load_checkpoint(out / "ckpt.pt")
     learner, (x, y) = MAML(model, **how), task(4, 16, vocab=257)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         learner(x, y).backward()
@@ -536,8 +538,8 @@ def test_reading_is_causal_and_side_by_side_as_one_at_a_time(optimizer, monkeypa
     alone = [learner.read(*xy) for xy in zip(x.split(1), y.split(1), strict=True)]
     torch.testing.assert_close((together, phi), tuple(map(torch.cat, zip(*alone, strict=True))))
     for most in (2, 3):  # two passages, then the third; all three
-        monkeypatch.setattr(train, "SIDE_BY_SIDE", most * len(phi[0]))
-        torch.testing.assert_close(train.read_passages(learner, x, y, 1), (together, phi[2]))
+        monkeypatch.setattr(maml, "SIDE_BY_SIDE", most * len(phi[0]))
+        torch.testing.assert_close(maml.read_passages(learner, x, y, 1), (together, phi[2]))
     learner.inner_repeats = 1
     once, _ = learner.read(x, y)  # a row's loss is that before any step on it
     assert torch.equal(together[:, 0], once[:, 0]) and (together[:, 1:] != once[:, 1:]).all()
@@ -665,7 +667,7 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
 
 
 def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
-    ckpt, model = train.load_checkpoint(trained / "maml/ckpt.pt")
+    ckpt, model = run.load_checkpoint(trained / "maml/ckpt.pt")
     ckpt["config"]["batch_size"] = 64  # chunks of 8 rows
     none, own = (adapt.read(model, ckpt, rule, *task(1, 8, 16))[0] for rule in ("none", "own"))
     assert np.allclose(none[:, :4].mean(), own[:, :4].mean())
@@ -719,7 +721,7 @@ ON_GPUS = pytest.param(dict(device=DEVICE), marks=[pytest.mark.gpu, TWO_GPUS])
 def test_two_processes_do_what_one_does(pretrain, data_dir, tmp_path, method):
     alone, pair = pretrain("alone", **method), tmp_path / "pair"
     options = flags(**QUICK | dict(data_dir=data_dir, out_dir=pair) | method)
-    done = run(*TORCHRUN, "--nproc_per_node=2", HERE / "train.py", *options)
+    done = execute(*TORCHRUN, "--nproc_per_node=2", HERE / "train.py", *options)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(log_of(pair), log_of(alone), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights_of(pair), weights_of(alone), rtol=1e-3, atol=1e-5)
@@ -731,7 +733,7 @@ def test_ranks_that_begin_at_different_steps_refuse_to_start(pretrain, data_dir,
     options = " ".join(flags(data_dir=data_dir, init_from="resume", **QUICK))
     command = f"{sys.executable} {HERE}/train.py {options} --out_dir=$RANK"
     shell = ["--nproc_per_node=2", "--no-python", "sh", "-c", command]
-    done = run(*TORCHRUN, *shell, cwd=tmp_path)
+    done = execute(*TORCHRUN, *shell, cwd=tmp_path)
     assert done.returncode and "begin at different steps" in done.stderr
     assert not (tmp_path / "0").exists()  # and nothing was touched
 
@@ -755,7 +757,7 @@ def test_rates_learned_alone_leave_theta_bitwise_stay_bounded_and_fill_elements(
         rates = checkpoint_of(tensor)["learner"]["log_inner_lr"]
         torch.testing.assert_close(rates.exp().unique(), torch.tensor([0.02 / 150, 0.02 * 150]))
     element = pretrain("element", init_from=tensor / "ckpt.pt", max_steps=0)
-    sizes = [p.numel() for p in train.load_checkpoint(element / "ckpt.pt")[1].parameters()]
+    sizes = [p.numel() for p in run.load_checkpoint(element / "ckpt.pt")[1].parameters()]
     filled = rates.repeat_interleave(torch.tensor(sizes))
     identical(checkpoint_of(element)["learner"]["log_inner_lr"], filled)
     with refused(match="set learn_inner_lr=element"):
@@ -773,7 +775,7 @@ def test_what_begins_from_a_checkpoint_has_its_shape_and_counts_what_it_cost(pre
     assert shape == [16, 2, 2, 32]
     assert all(first[unit] == cost[unit] > 0 for unit in ("tokens", "flops", "seconds"))
     # the same command goes on after a stop, and its header still says what it began from
-    options = train.read_arguments([*flags(**given), "--init_from=resume"])
+    options = read_flags([*flags(**given), "--init_from=resume"])
     assert options == {"init_from": str(base / "ckpt.pt"), "resume": True}
     pretrain("more", **given | dict(init_from="resume", max_steps=8))
     assert checkpoint_of(out)["step"] == 8 and checkpoint_of(out)["tokens"] == (6 + 8) * 4 * 4 * 16
@@ -853,7 +855,7 @@ def test_processes_that_do_not_divide_the_tasks_are_told_the_flags_that_do(pretr
 def test_config_files_are_checked_like_flags_and_help_names_every_field(tmp_path, capsys):
     config = tmp_path / "c.py"
     config.write_text("import math\n_half = 0.5\nlearning_rate = 1\ninner_lr = _half * math.pi\n")
-    options = train.read_arguments([str(config), "--out_dir=3", "--bias=True"])
+    options = read_flags([str(config), "--out_dir=3", "--bias=True"])
     assert options == dict(learning_rate=1.0, inner_lr=math.pi / 2, out_dir="3", bias=True)
     config.write_text("leraning_rate = 1")
     with refused(match="did you mean --learning_rate"):
@@ -870,7 +872,7 @@ def test_config_files_are_checked_like_flags_and_help_names_every_field(tmp_path
 def test_every_config_is_one_that_the_readme_can_name(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 25 and f"train.py config/{path.name}" in lines[0]
-    assert train.read_arguments([str(path)])["out_dir"] == f"out/{path.stem}"
+    assert read_flags([str(path)])["out_dir"] == f"out/{path.stem}"
 
 
 def test_a_checkpoint_that_is_foreign_or_cut_short_is_refused_and_no_code_in_one_runs(pretrain):
@@ -1200,7 +1202,7 @@ class Height(TorchDispatchMode):
 
 def height(config: str, **changes) -> int:
     """Bytes of an outer step of a config, counted on tensors without content."""
-    given = train.read_arguments([f"{HERE}/config/{config}.py"]) | dict(compile=False)
+    given = read_flags([f"{HERE}/config/{config}.py"]) | dict(compile=False)
     cfg = train.Config(**given | changes)
     K, rows = min(cfg.inner_steps, 2), cfg.batch_size // (cfg.inner_steps + 1)
     with FakeTensorMode(), Height() as counted:  # K = 2: a third chunk is like those that follow
@@ -1333,7 +1335,7 @@ def test_seeds_of_one_method_are_averaged_and_paired_in_the_long_tables(told, tm
     text = told(*logs)
     assert re.search("^  base_small, tuned AdamW +2.000 ± 0.000 over 3 seeds", text, re.M)
     assert re.search("^  maml, its own rates +1.100 ± 0.100 over 3 seeds", text, re.M)
-    text = run(HERE / "results/tables.py", *logs).stdout
+    text = execute(HERE / "results/tables.py", *logs).stdout
     half = 4.303 * 0.1 / 3**0.5  # Student's t of two degrees of freedom
     assert re.search(rf"^\| maml \| own \| 1.100 .* -0.900 ± {half:.3f} ", text, re.M)
     # half of the way in loss from 2 tokens to 8, so at 4: the base needs twice as many
@@ -1364,6 +1366,6 @@ def test_logs_beyond_repair_are_refused_and_a_cut_last_line_is_left_out(told, tm
 def test_the_pictures_are_drawn_from_runs_and_that_of_logs_without_torch(trained, tmp_path):
     code = "import sys, plot; plot.main(); assert 'torch' not in sys.modules"
     for i, program in enumerate((["-c", code, trained / "plain"], [HERE / "results/rates.py"])):
-        done = run(*program, trained / "maml", "-o", tmp_path / f"{i}.png", cwd=HERE)
+        done = execute(*program, trained / "maml", "-o", tmp_path / f"{i}.png", cwd=HERE)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / f"{i}.png").stat().st_size > 10_000

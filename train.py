@@ -26,22 +26,17 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import run
-from maml import MAML, mean_squares, read_passages
+from maml import MAML, read_passages
 from model import GPT, GPTConfig
 from tasks import Dataset, lock
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-AT_LEAST_1 = (
-    *SHAPE[:-1],
-    "batch_size",
-    "tasks_per_step",
-    "plain_batch_size",
-    "plain_tasks_per_step",
-)
-AT_LEAST_1 += ("inner_repeats", "eval_interval", "eval_passages", "eval_rows")
+AT_LEAST_1 = (*SHAPE[:-1], "batch_size", "tasks_per_step", "plain_batch_size")
+AT_LEAST_1 += ("plain_tasks_per_step", "eval_interval", "eval_passages", "eval_rows")
 KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov", "plain_steps")  # on resume
-NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "compile_seconds": 0.0}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of matrix products
+# how far a run has come, and what it cost; the first steps of a process compile
+NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "compile_seconds": 0.0}
 
 
 @dataclass(frozen=True)
@@ -84,9 +79,6 @@ class Config:
     inner_optimizer: str = "sgd"  # 'sgd', 'adamw' or 'normed'
     inner_schedule: str = "constant"  # 'constant' or 'cosine', over the inner_steps of a task
     inner_warmup: int = 0  # inner steps of linear warm-up
-    inner_repeats: int = 1  # inner steps on each chunk, at test time too
-    inner_decay: float = 0.0  # the share of the way back to theta that each inner step takes
-    precondition: int = 0  # tasks whose squared gradients decide how 'sgd' and 'adamw' begin
     first_order: bool = False  # treat inner gradients as constants: the cost of plain training
     objective: str = "every"  # 'every' chunk's loss before it is learned, or the 'final' one's
     learn_inner_lr: str = "no"  # a learned rate for each 'tensor' or 'element', from inner_lr on
@@ -105,6 +97,8 @@ class Config:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
             raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
+        if self.plain_steps > self.max_steps:
+            raise ValueError(f"max_steps={self.max_steps} must include plain_steps")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,7 +128,8 @@ def train(given: dict):
         if wrong := {k: v for k, v in shape.items() if given.get(k, v) != v}:
             raise ValueError(f"the checkpoint has the shape {wrong}: leave these fields out")
         cfg = replace(cfg, **shape)
-    data, plain_data = make_dataset(cfg), make_dataset(plainly(cfg))
+    plain_cfg = plainly(cfg)
+    data, plain_data = make_dataset(cfg), make_dataset(plain_cfg)
     if model is None:
         vocab_size = -(-data.meta["vocab_size"] // 64) * 64  # as matrix units like it
         shape = {name: getattr(cfg, name) for name in SHAPE}
@@ -143,6 +138,12 @@ def train(given: dict):
         raise ValueError(f"{data.root} has other tokens than the checkpoint: prepare it alike")
 
     # learner and optimizer
+    if rates := ckpt.get("learner") if cfg.inner_optimizer == run.inner_of(ckpt) else None:
+        if given.get("inner_lr", ckpt["inner"]["inner_lr"]) != ckpt["inner"]["inner_lr"]:
+            raise ValueError(
+                f"the checkpoint's rates began at {ckpt['inner']['inner_lr']}: leave inner_lr out"
+            )
+        cfg = replace(cfg, inner_lr=ckpt["inner"]["inner_lr"])
     inner = dict(
         inner_steps=cfg.inner_steps,
         inner_lr=cfg.inner_lr,
@@ -152,23 +153,20 @@ def train(given: dict):
         learn_inner_lr=cfg.learn_inner_lr,
         inner_schedule=cfg.inner_schedule,
         inner_warmup=cfg.inner_warmup,
-        inner_repeats=cfg.inner_repeats,
-        inner_decay=cfg.inner_decay,
     )
     compute = dict(compile=cfg.compile, autocast=DTYPES[cfg.dtype])
     learner = MAML(model, **inner, **compute).to(device)
     plain_learner = MAML(model, inner_steps=0, **compute)
     optimizer = make_optimizer(cfg, learner)
     at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # what its beginning has cost, it costs
+    if rates:
+        run.load_rates(learner, rates)
     if resumed:
         check_same_run(ckpt, cfg, data)
-        run.load_rates(learner, ckpt["learner"])
         groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now
         optimizer.load_state_dict(ckpt["optimizer"] | {"param_groups": groups})
     else:
         at["step"] = 0
-        if ckpt.get("inner", {}).get("inner_optimizer") == cfg.inner_optimizer:
-            run.load_rates(learner, ckpt["learner"])  # another optimizer's rates are no rates of it
     if world_size > 1:  # file systems that lag may show the ranks different checkpoints
         seen = [None] * world_size
         dist.all_gather_object(seen, (at["step"], data.sha256))
@@ -179,10 +177,10 @@ def train(given: dict):
     header = make_header(cfg, data, model, device, world_size, ckpt)
     val = {d: data.passages(d, cfg.eval_passages, cfg.eval_rows) for d in data.roles}
     unseen = data.unseen(header["dataset"]["trained"]) if cfg.inner_steps else []
-    chunk = cfg.batch_size // (cfg.inner_steps + 1)  # rows
+    rows = cfg.batch_size // (cfg.inner_steps + 1)  # of a chunk
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        held = lock(out)  # until the process ends: no second one may write there
+        lock(out)  # until this process ends, no second one may write there
         run.open_log(out, header, at["step"], cfg.resume)
         print(f"{header['params']:,} parameters on {header['device']}", flush=True)
     stop_signals, stop, ddp = catch_signals(), False, None
@@ -193,15 +191,16 @@ def train(given: dict):
 
     for step in range(at["step"], cfg.max_steps + 1):
         at["step"], last, plain = step, step == cfg.max_steps, step < cfg.plain_steps
-        if step == cfg.plain_steps and cfg.precondition and learner.mean_square is None:
-            precondition(learner, cfg, data, at)
         evaluated = (step % cfg.eval_interval == 0 or last) and not stop
         if evaluated:
-            watched = [] if plain else unseen  # before, no rate has learned anything
-            losses = evaluate(learner, val, watched, chunk, rank, world_size)
-            check_finite(step, sum(losses["loss"].values()))  # 'online' is watched, no more
+            watched = [] if plain else unseen  # no rate has learned anything yet
+            losses = evaluate(learner, val, watched, rows, rank, world_size)
+            check_finite(step, sum(losses["loss"].values()))  # 'online' is only watched
         if rank == 0 and (evaluated or stop):
-            run.save_checkpoint(out, checkpoint(at, inner, chunk, learner, optimizer, header))
+            ckpt = {"model": model.state_dict(), "model_args": asdict(model.config)}
+            ckpt |= {"learner": run.rates_of(learner), "inner": inner | {"rows": rows}}
+            ckpt |= {"optimizer": optimizer.state_dict(), "config": header["config"]}
+            run.save_checkpoint(out, ckpt | {"dataset": header["dataset"], **at})
         if rank == 0 and evaluated:
             run.append_row(out, {"kind": "val", **at, **losses, **rates_moved(learner)})
             bar.write(one_line(step, losses, data.roles))
@@ -210,12 +209,12 @@ def train(given: dict):
 
         began, first = time.perf_counter(), ddp is None or step == cfg.plain_steps
         if first:  # of the plain steps, or of the others
-            ddp = None  # two on one model would both hook its gradients
+            ddp = None  # two on one model would both wait for its gradients
             ddp = wrap(plain_learner if plain else learner, world_size)
+        now = plain_cfg if plain else cfg
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
-        mine = (cfg.plain_tasks_per_step if plain else cfg.tasks_per_step) // world_size
-        loss = torch.zeros((), device=device)
+        mine, loss = now.tasks_per_step // world_size, torch.zeros((), device=device)
         for i in range(mine):
             # DDP averages over the ranks, each of which has as many tasks: the mean over all tasks.
             # Only the last task's backward need talk to the other ranks.
@@ -226,7 +225,12 @@ def train(given: dict):
             xy = next(batches, None)  # drawn while a GPU works
             loss += task_loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        loss, stop, grad_norm = agree(loss, bool(stop_signals), grad_norm, world_size)
+        # all ranks learn the mean loss, and whether one of them was asked to stop
+        asked = loss.new_tensor(float(bool(stop_signals)))
+        numbers = torch.stack([loss, grad_norm, asked]) / world_size
+        if world_size > 1:
+            dist.all_reduce(numbers)
+        loss, grad_norm, stop = numbers.tolist()  # the one wait for a GPU
         check_finite(step, loss + grad_norm)
         optimizer.step()
         learner.bound_rates()
@@ -234,7 +238,7 @@ def train(given: dict):
         took = time.perf_counter() - began
         if rank == 0 and step % 10 == 0:
             run.append_row(out, {"kind": "train", **at, "loss": loss, "grad_norm": grad_norm})
-        tokens, flops = cost_of_step(plainly(cfg) if plain else cfg, model)
+        tokens, flops = cost_of_step(now, model)
         at["tokens"] += tokens
         at["flops"] += flops
         clock = "compile_seconds" if first and cfg.compile else "seconds"
@@ -295,11 +299,9 @@ def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
 
 
 def lr_factor(cfg: Config, step: int) -> float:
-    """Linear warm-up, then a cosine from 1 to 0.1; both for the plain steps and for the others."""
-    first, last = (
-        (0, cfg.plain_steps) if step < cfg.plain_steps else (cfg.plain_steps, cfg.max_steps)
-    )
-    step, steps = step - first, last - first
+    """Linear warm-up, then a cosine from 1 to 0.1: once over the plain steps, and once after."""
+    n, steps = cfg.plain_steps, cfg.max_steps
+    step, steps = (step, n) if step < n else (step - n, steps - n)
     warmup = min(cfg.warmup_steps, steps // 8)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -313,29 +315,8 @@ def wrap(learner: MAML, world_size: int) -> nn.Module:
     return DDP(learner, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def agree(loss, stop: bool, grad_norm, world_size: int) -> tuple[float, bool, float]:
-    """The loss over all ranks, whether any was asked to stop, and the norm, in one wait for GPUs."""
-    numbers = torch.stack([loss, loss.new_tensor(float(stop)), grad_norm / world_size])
-    if world_size > 1:
-        dist.all_reduce(numbers)
-    loss, stop, grad_norm = numbers.tolist()
-    return loss / world_size, stop > 0, grad_norm
-
-
-def precondition(learner: MAML, cfg: Config, data: Dataset, at: dict):
-    """Mean squares of gradients of theta, over the chunks of some tasks of the first steps."""
-    device, n = next(learner.parameters()).device, cfg.tasks_per_step
-    drawn = [data.task(cfg.plain_steps + i // n, i % n) for i in range(cfg.precondition)]
-    bar = tqdm(drawn, "mean squared gradients", disable=None)
-    chunks = (chunk for xy in bar for chunk in learner.chunks(*to_device(xy, device)))
-    learner.precondition(mean_squares(learner, chunks))
-    tokens, flops = cost_of_step(replace(cfg, inner_steps=0), learner.model)
-    at["tokens"] += tokens * cfg.precondition // n
-    at["flops"] += flops * cfg.precondition / n
-
-
 @torch.no_grad()
-def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1) -> dict:
+def evaluate(learner: MAML, val: dict, unseen, rows: int, rank=0, world_size=1) -> dict:
     """Nats per token on passages of val, by domain; the ranks share the domains out.
 
     'loss' is theta's. 'online' is, on the same rows of `unseen` domains, the loss of test-time
@@ -346,11 +327,11 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
     table = torch.zeros(len(val), 2, device=device)
     for i, domain in list(enumerate(val))[rank::world_size]:
         x, y = to_device(val[domain], device)  # (P, R, T)
-        parts = zip(x.flatten(0, 1).split(chunk), y.flatten(0, 1).split(chunk), strict=True)
+        parts = zip(x.flatten(0, 1).split(rows), y.flatten(0, 1).split(rows), strict=True)
         losses = [len(a) * learner.model_loss({}, a, b) for a, b in parts]
         table[i, 0] = sum(losses) / (x.size(0) * x.size(1))
         if domain in unseen:
-            table[i, 1] = read_passages(learner, x, y, chunk)[0].mean()
+            table[i, 1] = read_passages(learner, x, y, rows)[0].mean()
     if world_size > 1:
         dist.all_reduce(table)
     loss, online = (dict(zip(val, column, strict=True)) for column in table.T.tolist())
@@ -358,21 +339,22 @@ def evaluate(learner: MAML, val: dict, unseen, chunk: int, rank=0, world_size=1)
 
 
 def rates_moved(learner: MAML) -> dict:
-    """The share of learned rates that are other than at first, by a hundredth at least."""
+    """The share of learned rates that have moved from inner_lr, by a hundredth at least."""
     if learner.log_inner_lr is None:
         return {}
-    moved = (learner.log_inner_lr - learner.log_inner_lr_start).abs() > 0.01
+    moved = (learner.log_inner_lr - math.log(learner.inner_lr)).abs() > 0.01
     return {"rates_moved": round(moved.float().mean().item(), 4)}
 
 
 def cost_of_step(cfg: Config, model: GPT) -> tuple[int, float]:
-    """(tokens, FLOPs) of an outer step: forwards as in maml.py, and what the inner loop does to
-    each element: some FLOPs for its optimizer, and in first order five for the two sums."""
+    """(tokens, FLOPs) of an outer step: forwards as in maml.py, and the inner loop's vectors.
+
+    These are a few FLOPs for each element and inner step: the optimizer's, and five for both sums.
+    """
     tokens, K = cfg.tasks_per_step * cfg.batch_size * cfg.block_size, cfg.inner_steps
-    steps = K * cfg.inner_repeats
-    forwards = ((3 if cfg.first_order else 12) * steps + 3) / (K + 1)
-    each = {"sgd": 2, "adamw": 15, "normed": 12}.get(cfg.inner_optimizer, 5) + 5
-    elements = each * steps * cfg.tasks_per_step * sum(p.numel() for p in model.parameters())
+    forwards = ((3 if cfg.first_order else 12) * K + 3) / (K + 1)
+    each = {"sgd": 2, "adamw": 15, "normed": 12}.get(cfg.inner_optimizer, 2) + 5
+    elements = each * K * cfg.tasks_per_step * sum(p.numel() for p in model.parameters())
     return tokens, forwards * tokens * model.flops_per_token(cfg.block_size) + elements
 
 
@@ -391,20 +373,6 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
-
-
-def checkpoint(at: dict, inner: dict, chunk: int, learner: MAML, optimizer, header: dict) -> dict:
-    """All that a run goes on from, or that reading a text needs: inner, and rows of a chunk."""
-    return {
-        "model": learner.model.state_dict(),
-        "model_args": asdict(learner.model.config),
-        "inner": inner | {"rows": chunk},
-        "learner": run.rates_of(learner),
-        "optimizer": optimizer.state_dict(),
-        "config": header["config"],
-        "dataset": header["dataset"],
-        **at,
-    }
 
 
 def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt: dict) -> dict:
