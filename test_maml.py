@@ -1277,9 +1277,12 @@ def test_twenty_steps_compile_nothing_late_and_multiply_in_bfloat16(
 # plot.py: what is told is what the logs say
 
 
+TUNE = ("t", "podcasts", "math_latex", "changelogs")
+
+
 def write_log(path, adapt=(), seed=1, tokens=9, at=(0, 9), domains="tz", **changes) -> Path:
     """A log with two evaluations, and with adapt rows [(rule, losses of 16-token rows)]."""
-    roles = {"a": "train"} | {d: "tune" if d == "t" else "heldout" for d in domains}
+    roles = {"a": "train"} | {d: "tune" if d in TUNE else "heldout" for d in domains}
     data = dict(name="toy", tokenizer=changes.pop("tokenizer", "bytes"), roles=roles)
     rows = [dict(kind="run", config=dict(seed=seed), dataset=data)]
     for step, loss in zip(at, (5.0, *[3.0] * len(at)), strict=False):
@@ -1290,7 +1293,7 @@ def write_log(path, adapt=(), seed=1, tokens=9, at=(0, 9), domains="tz", **chang
         row |= dict(step=at[-1], tokens=tokens, row_tokens=16, flops=tokens * 6e6, options={})
         row |= dict(by_passage=[min(losses), max(losses)], passages=2, sha256="0a", model="1b")
         row |= dict(forwards={"none": 1, "own": 3}.get(rule, 12))
-        rows.append(row | dict(loss=[loss + 5 * (domain == "t") for loss in losses]) | changes)
+        rows.append(row | dict(loss=[loss + 5 * (domain in TUNE) for loss in losses]) | changes)
     return write(path, {"log.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
 
 
@@ -1423,6 +1426,84 @@ def test_seeds_join_at_equal_training_tokens_or_not_at_all(told, tmp_path):
     text = (other / "log.jsonl").read_text().replace('"seed": 5', '"seed": 5, "eval_passages": 2')
     (other / "log.jsonl").write_text(text)
     assert "without seed 5 of a, evaluated on other text" in told(*logs[:2], other)
+
+
+def published(folder: Path, loss_of) -> list[Path]:
+    """Logs of two budgets of a recipe and of a baseline, three seeds, loss_of(name, rule, d, s)."""
+    logs, texts = [], {"corpus": [*TUNE[1:], "bible", "drama", "latin"]}
+    texts["fresh"] = ["french_novels", "german_law", "recipes_zh", "csv_tables", "chess_pgn"]
+    for seed, (name, rules, tokens) in itertools.product(
+        (1, 2, 3),
+        [("base", ("none", "adamw", "dynamic"), 50), ("r", ["own"], 50), ("r_2.0M", ["own"], 20)],
+    ):
+        rows = []
+        for dataset, domains in texts.items():
+            how = dict(domains=domains, dataset=dataset, tokens=tokens)
+            path = write_log(folder / "one", [(rule, [0.0]) for rule in rules], seed, **how)
+            rows += [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+        rows[0]["dataset"]["name"] = "corpus"
+        rows = [row for i, row in enumerate(rows) if i < 3 or row["kind"] == "adapt"]
+        for row in rows[3:]:
+            row["loss"] = [loss_of(name, row["rule"], row["domain"], seed)] * 8
+        logs.append(folder / f"{name}_s{seed}.jsonl")
+        logs[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return logs
+
+
+def test_the_headline_of_the_long_tables_is_that_of_a_second_program(tmp_path):
+    gaps = defaultdict(lambda: -0.1 + 0.05 * next(dice))
+    dice = iter(np.random.default_rng(1).normal(size=99))
+
+    def loss_of(name, rule, domain, seed):
+        if rule == "none":
+            return 3.0
+        if rule == "adamw":  # stronger wherever the tune domains do not see it
+            return 2.5 if domain in TUNE else 1.8
+        gap = gaps[domain, seed] if rule == "own" else 0  # half of the budget loses what it gains
+        return 2.0 + (gap if name == "r" else -gap)
+
+    logs = published(tmp_path, loss_of)
+    told = [d for d in dict.fromkeys(d for d, _ in gaps) if d not in TUNE]
+    table = np.array([[gaps[d, s] for d in told] for s in (1, 2, 3)])  # (seeds, domains)
+    over_seeds = 4.303 * table.mean(1).std(ddof=1) / 3**0.5  # Student's t, 2 degrees of freedom
+    over_domains = 2.365 * table.mean(0).std(ddof=1) / 8**0.5
+    figures = [f"{table.mean():+.3f}", *(f"{half:.3f}" for half in (over_seeds, over_domains))]
+    figures.append(f"{2.5**0.5:.3f}")  # straight over the logarithm of 20 and 50 tokens
+    text = run(HERE / "results/tables.py", *logs).stdout
+    headline = r"headline: (r, .*), less (base, .*): (\S+) ± (\S+) over seeds, ± (\S+) over\n8 dom"
+    found = re.search(headline, text).groups()
+    assert [*found] == ["r, its own inner loop", "base, dynamic evaluation", *figures[:3]]
+    assert f"faster: {figures[3]} ± 0.000 times fewer training tokens" in text
+    assert re.search(r"^\| base \| dynamic evaluation .* \| 1.000 ± 0.000 \|$", text, re.M)
+    second = run(HERE / "results/headline.py", *logs, "--expect", *figures)
+    assert second.returncode == 0, second.stderr
+    assert "r by own less base by dynamic" in second.stdout
+    for i, figure in enumerate(figures):
+        wrong = [*figures[:i], f"{float(figure) + 0.001:.3f}"]
+        assert run(HERE / "results/headline.py", *logs, "--expect", *wrong).returncode != 0
+
+
+def test_training_tokens_to_a_level_lie_between_budgets_and_never_beyond(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    from headline import needed
+    from tables import training_tokens_needed
+
+    points = {1: 4.0, 4: 3.0, 16: 2.0}
+    for level, tokens in ((3.5, 2), (3.0, 4), (2.25, 4 * 4**0.75), (2.0, 16), (4.0, 1), (9.0, 1)):
+        assert math.isclose(training_tokens_needed(points, level), tokens)
+        assert math.isclose(needed(sorted(points.items()), level), tokens)
+    for found in (training_tokens_needed(points, 1.9), needed(sorted(points.items()), 1.9)):
+        assert found is None or math.isnan(found)
+
+
+@pytest.mark.parametrize("folder", ["demo", "corpus"])
+def test_logs_of_earlier_editions_are_plotted_and_tabled(told, folder):
+    logs = sorted((HERE / "results" / folder).glob("[bmr]*_s?.jsonl"))
+    assert "baseline, tuned AdamW" in told(*logs)
+    groups = ["tune=local:type_stubs", "test=local:cpp_headers,python_docs"]
+    extra = ["--groups", *groups] if folder == "demo" else []
+    text = run(HERE / "results/tables.py", *logs, *extra).stdout
+    assert "headline: maml, its own inner loop, less baseline, tuned AdamW" in text
 
 
 def test_logs_beyond_repair_are_refused_and_a_cut_last_line_is_left_out(told, tmp_path):
