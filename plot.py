@@ -62,8 +62,8 @@ def newest_readings(rows: list[dict], dataset: str | None = None, role="heldout"
     wanted, model = (dataset or rows[0]["dataset"]["name"], role), None
     found, later = {}, set()  # later: the steps that training logged after a row
     for row in reversed(rows):
+        later |= {row.get("step")} if row["kind"] in ("train", "val") else set()
         if row["kind"] != "adapt":
-            later.add(row.get("step"))
             continue
         of = row.get("model"), row.get("step")
         model = model or of
@@ -176,9 +176,7 @@ def fewer_examples(name: str, curve, opponent, T: int, by="tuned AdamW") -> str:
 def print_table(reading: dict, opponent: tuple[str, str] | None):
     x = next(iter(reading.values()))[0]
     few = min(len(x), -(-512 // x[0]))  # rows
-    print(
-        "unseen text, nats per token (each is predicted, then learned); forwards a token it costs"
-    )
+    print("unseen text, nats per token, each predicted, then learned (± deviation of seeds):")
     heads = f"{f'all {x[-1]:,}':>16}{f'first {x[few - 1]:,}':>13}{'forwards':>10}{'trained on':>12}"
     print(f"{'':42}{heads}")
     for (name, rule), (_, y, row) in reading.items():

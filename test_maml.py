@@ -1470,7 +1470,9 @@ def test_the_headline_of_the_long_tables_is_that_of_a_second_program(tmp_path):
     figures = [f"{table.mean():+.3f}", *(f"{half:.3f}" for half in (over_seeds, over_domains))]
     figures.append(f"{2.5**0.5:.3f}")  # straight over the logarithm of 20 and 50 tokens
     text = run(HERE / "results/tables.py", *logs).stdout
-    headline = r"headline: (r, .*), less (base, .*): (\S+) ± (\S+) over seeds, ± (\S+) over\n8 dom"
+    headline = (
+        r"headline: (r, .*), less (base, .*):\n(\S+) ± (\S+) ± (\S+) \(over seeds, over 8 dom"
+    )
     found = re.search(headline, text).groups()
     assert [*found] == ["r, its own inner loop", "base, dynamic evaluation", *figures[:3]]
     assert f"faster: {figures[3]} ± 0.000 times fewer training tokens" in text

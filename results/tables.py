@@ -14,6 +14,7 @@ the most seeds. It is told on all other groups together. Differences are paired 
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -55,13 +56,16 @@ def main(argv=None):
     if opponent not in readings:
         raise SystemExit(f"no reading of {opponent[0]} by {opponent[1]!r}: name an --opponent")
     print_runs(methods)
-    columns = groups | {"all but tune": told}
+    columns, domains = groups | {"all but tune": told}, {d: [d] for d in [*tune, *told]}
     print_losses("Unseen text, ± over seeds", readings, columns, told)
-    print_losses("By domain, ± over seeds", readings, {d: [d] for d in [*tune, *told]})
-    print_differences(readings, columns, told, opponent)
-    ours = [key for key in judged if key[1] in ("own", "safe")]
-    if ours:
+    print_losses("By domain, ± over seeds", readings, domains)
+    title = f"Less {label(opponent)}: ± over seeds, ± over domains"
+    print_differences(title, readings, columns, told, opponent)
+    print_differences("The same by domain", readings, domains, told, opponent)
+    if ours := [key for key in judged if key[1] in ("own", "safe")]:
         print_headline(methods, readings, told, min(ours, key=judged.get), opponent)
+    if few := ", ".join(label(key) for key in readings if key not in judged and key[1] != "none"):
+        print(f"\nread fewer than {most} seeds or not all domains, so not to be chosen: {few}")
 
 
 def read_groups(methods: dict, texts: list[str]) -> tuple[dict, dict]:
@@ -70,6 +74,8 @@ def read_groups(methods: dict, texts: list[str]) -> tuple[dict, dict]:
     for text in texts:
         group, dataset, domains = re.split("[=:]", text)
         role, names = "tune" if group == "tune" else "heldout", domains.split(",")
+        if twice := {*names} & {d for read in groups.values() for d in read}:
+            raise SystemExit(f"{', '.join(twice)} in two groups: name each domain once")
         read_by(methods, dataset, role)  # which refuses what was not read alike
         for method, run in [(name, run) for name, runs in methods.items() for run in runs]:
             for rule, found in newest_readings(run, dataset, role).items():
@@ -104,21 +110,13 @@ def table(title: str, heads: list[str], lines: list[list[str]]):
 def print_runs(methods: dict):
     lines = []
     for method, runs in methods.items():
-        last = [[row for row in rows if row["kind"] == "val"][-1] for rows in runs]
-        roles, adapt = runs[0][0]["dataset"]["roles"], {r.get("rule"): r for r in runs[0]}
-        heldout = [[v for d, v in row["loss"].items() if roles[d] == "heldout"] for row in last]
-        chosen = [f"{k} {v:g}" for rule in OPPONENTS for k, v in options(adapt, rule).items()]
-        cells = [method, str(runs[0][0].get("params", "")), str(len(runs))]
-        cells += [f"{last[0]['tokens']:,}", f"{last[0]['flops']:.2e}"]
-        lines.append([*cells, interval(np.mean(heldout, 1)), ", ".join(chosen)])
+        last = [row for row in runs[0] if row["kind"] == "val"][-1]
+        chosen = {row["rule"]: row["options"] for row in runs[0] if row.get("rule") in OPPONENTS}
+        chosen = [f"{rule} {json.dumps(options)}" for rule, options in chosen.items() if options]
+        cells = [method, f"{runs[0][0].get('params')}", str(len(runs)), f"{last['tokens']:,}"]
+        lines.append([*cells, f"{last['flops']:.2e}", " ".join(chosen)])
     heads = ["method", "parameters", "seeds", "training tokens", "training FLOPs"]
-    heads += ["ordinary loss, held out", "options chosen on tune (first seed)"]
-    table("Runs", heads, lines)
-
-
-def options(adapt: dict, rule: str) -> dict:
-    found = adapt.get(rule, {}).get("options", {})
-    return {k: v for k, v in found.items() if isinstance(v, int | float)}
+    table("Runs", [*heads, "options that the tune domains chose (first seed)"], lines)
 
 
 def print_losses(title: str, readings: dict, columns: dict, first: list[str] | None = None):
@@ -137,37 +135,29 @@ def print_losses(title: str, readings: dict, columns: dict, first: list[str] | N
     table(title, [*heads, "their first 512 tokens"] if first else heads, lines)
 
 
-def print_differences(readings: dict, columns: dict, told: list[str], opponent):
-    lines = []
+def print_differences(title: str, readings: dict, columns: dict, told: list[str], opponent):
+    lines, theirs = [], readings[opponent]
     for (method, rule), seeds in readings.items():
-        theirs = readings[opponent]
-        gaps = [" ".join(difference(seeds, theirs, domains)) for domains in columns.values()]
+        gaps = [difference(seeds, theirs, domains) for domains in columns.values()]
         lines.append([method, WORDS[rule], *gaps, fewer_tokens_read(seeds, theirs, told)])
-    heads = ["method", "rule", *columns, "fewer examples, times"]
-    table(f"Less {label(opponent)}: ± over seeds ± over domains", heads, lines)
+    table(title, ["method", "rule", *columns, "fewer examples, times"], lines)
 
 
 def label(key: tuple[str, str]) -> str:
     return f"{key[0]}, {WORDS[key[1]]}"
 
 
-def difference(seeds: dict, theirs: dict, domains: list[str]) -> tuple[str, str]:
-    """The difference with its interval over seeds, and the half of that over domains."""
-    a, b = curves(seeds, domains), curves(theirs, domains)
-    paired = sorted(a.keys() & b.keys())
+def difference(seeds: dict, theirs: dict, domains: list[str]) -> str:
+    """The mean, half of its interval over seeds, and half of that over domains."""
+    paired = sorted(curves(seeds, domains).keys() & curves(theirs, domains).keys())
+    a, b = (
+        np.array([[np.mean(of[s][d]["loss"]) for d in domains] for s in paired])
+        for of in (seeds, theirs)
+    )  # (seeds, domains)
     if not paired:
-        return "-", ""
-    gaps = by_domain(seeds, theirs, domains, paired)
-    over_domains = f"± {half(gaps.mean(0)):.3f}" if len(domains) > 1 else ""
-    return interval(gaps.mean(1), "+"), over_domains
-
-
-def by_domain(seeds: dict, theirs: dict, domains: list[str], paired) -> np.ndarray:
-    """Differences of mean losses, (seeds, domains)."""
-    losses = [
-        [[np.mean(rows[s][d]["loss"]) for d in domains] for s in paired] for rows in (seeds, theirs)
-    ]
-    return np.subtract(*losses)
+        return "-"
+    over_domains = f" ± {half((a - b).mean(0)):.3f}" if len(domains) > 1 else ""
+    return interval((a - b).mean(1), "+") + over_domains
 
 
 def fewer_tokens_read(seeds: dict, theirs: dict, domains: list[str]) -> str:
@@ -180,32 +170,25 @@ def fewer_tokens_read(seeds: dict, theirs: dict, domains: list[str]) -> str:
 
 
 def print_headline(methods: dict, readings: dict, told: list[str], best, opponent):
-    ours, theirs = readings[best], readings[opponent]
-    paired = sorted(curves(ours, told).keys() & curves(theirs, told).keys())
-    gap, over_domains = difference(ours, theirs, told)
-    print(
-        f"\nheadline: {label(best)}, less {label(opponent)}: {gap} over seeds, {over_domains} over"
-    )
-    each = zip(told, by_domain(ours, theirs, told, paired).mean(0), strict=True)
-    print(f"{len(told)} domains ({', '.join(f'{domain} {value:+.3f}' for domain, value in each)})")
-    points = {seed: {} for seed in paired}  # {seed: {training tokens: loss}}
-    for (method, rule), seeds in readings.items():
+    gap = difference(readings[best], readings[opponent], told)
+    print(f"\nheadline: {label(best)}, less {label(opponent)}:")
+    print(f"{gap} (over seeds, over {len(told)} domains)")
+    levels = {seed: curve.mean() for seed, curve in curves(readings[opponent], told).items()}
+    points = {seed: {} for seed in curves(readings[best], told) if seed in levels}
+    for (method, rule), seeds in readings.items():  # {seed: {training tokens: loss}}
         same = [re.sub(r"_[\d.]+M$", "", name) for name in (method, best[0])]
         params = [methods[name][0][0].get("params") for name in (method, best[0])]
         if rule == best[1] and len({*same}) == len({*params}) == 1:
-            for seed in curves(seeds, told).keys() & points.keys():
-                found = curves(seeds, told)[seed].mean()
-                points[seed][seeds[seed][told[0]]["tokens"]] = found
-    levels = {seed: curves(theirs, told)[seed].mean() for seed in paired}
-    needed = [training_tokens_needed(points[seed], levels[seed]) for seed in paired]
-    if None in needed:
-        print(f"faster: {needed.count(None)} of {len(needed)} seeds do not come to the opponent")
+            for seed, curve in curves(seeds, told).items():
+                points.get(seed, {})[seeds[seed][told[0]]["tokens"]] = curve.mean()
+    needed = {seed: training_tokens_needed(found, levels[seed]) for seed, found in points.items()}
+    if None in needed.values():
+        print(f"faster: not all seeds come to the loss of {label(opponent)}")
         return
-    budget = [theirs[seed][told[0]]["tokens"] for seed in paired]
-    least = (
-        "at least " if any(n == min(points[s]) for s, n in zip(paired, needed, strict=True)) else ""
-    )
-    print(f"faster: {least}{interval(np.divide(budget, needed))} times fewer training tokens")
+    budgets = [readings[opponent][seed][told[0]]["tokens"] for seed in needed]
+    least = "at least " if any(n == min(points[seed]) for seed, n in needed.items()) else ""
+    times = interval(np.divide(budgets, [*needed.values()]))
+    print(f"faster: {least}{times} times fewer training tokens")
 
 
 def training_tokens_needed(points: dict[int, float], level: float) -> float | None:
