@@ -214,7 +214,7 @@ def draw(reading: dict, training: dict, marks: dict, output: Path):
                 panels[1].axhline(y, ls=STYLES[rule][1:], lw=1, **how)
         ends = [*(y[:, -1].mean() for _, y in training.values()), *(y for _, y in marks.values())]
         panels[1].set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press it flat
-        framed = "; framed: a line's end on the left" if marks else ""
+        framed = "; framed: the left panel's ends" if marks else ""
         panels[1].set(title="Held-out text while training", xlabel=f"training tokens{framed}")
         panels[1].set(ylabel="nats per token, mean of all")
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
