@@ -123,7 +123,7 @@ def training_curves(methods: dict, keys) -> dict[tuple[str, str], tuple]:
             size = [cfg.get(size) for size in ("block_size", "eval_rows", "eval_passages")]
             first = first or (size, data["roles"], data.get("sha256"))
             if first != (size, data["roles"], data.get("sha256")):
-                print(f"right panel: without seed {cfg['seed']} of {name}, evaluated on other text")
+                print(f"right panel: {name}, {WORDS[rule]} lacks seed {cfg['seed']} (other text)")
                 continue
             val = [row for row in rows if row["kind"] == "val" and row.get(table)]
             heldout = [d for d, role in data["roles"].items() if role == "heldout"]
@@ -164,7 +164,7 @@ def fewer_examples(name: str, curve, opponent, T: int, by="tuned AdamW") -> str:
     need, n = tokens_needed(opponent, level, T), tokens_needed(curve, level, T)
     if n is None or need is None:
         return f"fewer examples: {name} does not come to the {level:.3f} of {by}"
-    where = f"{by} comes to {level:.3f}, over the later half of what it has read, after {need:,}"
+    where = f"{by} comes to {level:.3f} (over the later half of what was read) after {need:,}"
     times = f"{need / n:.1f} times fewer" if n <= need else f"{n / need:.1f} times more"
     return f"fewer examples: {where} tokens, {name} after {n:,}: {times}"
 
@@ -187,7 +187,9 @@ def print_table(reading: dict, opponent: tuple[str, str] | None):
     for name, rule in reading if opponent in reading else ():
         if rule == "own":
             ours, theirs = (reading[key][1].mean(0) for key in ((name, rule), opponent))
-            print(fewer_examples(name, ours, theirs, x[0], f"{opponent[0]}, {WORDS[opponent[1]]},"))
+            print(
+                fewer_examples(name, ours, theirs, x[0], f"{WORDS[opponent[1]]} on {opponent[0]}")
+            )
 
 
 def draw(reading: dict, training: dict, marks: dict, output: Path):
@@ -234,7 +236,7 @@ def main(argv=None):
     tune = read_by(methods, args.dataset, "tune") or read_by(methods, role="tune")
     for name in methods:
         if name not in {name for name, _ in reading}:
-            print(f"{name} was not read, or was trained since: python adapt.py it")
+            print(f"{name} was not read, or was trained since: read it by adapt.py")
     if not reading:
         raise SystemExit("no run was read yet: python adapt.py RUN writes what the picture shows")
     print_table(reading, strongest(reading, tune))
