@@ -1,10 +1,10 @@
 """The picture and one short table, from logs alone.
 
-    python plot.py out/baseline_demo out/rates_demo out/maml_demo -o out/curves.png
+    python plot.py out/baseline_demo out/maml_demo -o out/curves.png
 
-Left: how unseen text is read, by the rates that a run has learned, or without learning and by AdamW
-(adapt.py writes these rows). Right: the loss on held-out domains while training. Runs named x_s1,
-x_s2, ... are the seeds of one method: a line is their mean, a band their range.
+Left: the loss while unseen text is read, by each rule of learning (adapt.py writes these rows).
+Right: the loss on held-out domains while training; a mark apart is what adapt.py read at the end.
+Runs named x_s1, x_s2, ... are seeds of one method: a line is their mean, a band their range.
 """
 
 import argparse
@@ -16,11 +16,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-WORDS = {"none": "no learning", "adamw": "tuned AdamW", "own": "its own rates"}
-STYLES = {"none": ":", "adamw": "--", "own": "-"}
+WORDS = {"none": "no learning", "adamw": "tuned AdamW", "dynamic": "dynamic evaluation"}
+WORDS |= {"own": "its own inner loop", "safe": "safe mixture"}
+STYLES = {"none": "o:", "adamw": "s--", "dynamic": "D-.", "own": "*-", "safe": "^-"}
+OPPONENTS = ("adamw", "dynamic")  # rules that learn and that no outer loop has made
 
 # --------------------------------------------------------------------------------------------------
-# logs, curves, measures
+# logs
 
 
 def read_methods(paths: list[Path]) -> dict[str, list[list[dict]]]:
@@ -55,43 +57,84 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def reading_curve(rows: list[dict], rule: str, dataset: str | None = None):
-    """(tokens read after each row, its loss over the held-out domains), (R,); None if not read."""
-    wanted = {"kind": "adapt", "role": "heldout", "rule": rule}
-    wanted["dataset"] = dataset or rows[0]["dataset"]["name"]
-    found = {row["domain"]: row for row in rows if wanted.items() <= row.items()}  # the newest
-    if not found:
-        return None
-    loss = np.mean([row["loss"] for row in found.values()], axis=0)
-    T = next(iter(found.values()))["row_tokens"]
-    return T * np.arange(1, len(loss) + 1), loss
+def newest_readings(rows: list[dict], dataset: str | None = None, role="heldout") -> dict:
+    """{rule: {domain: its newest row}} of the newest model; {} if it was trained on since."""
+    wanted, model = (dataset or rows[0]["dataset"]["name"], role), None
+    found, later = {}, set()  # later: the steps that training logged after a row
+    for row in reversed(rows):
+        later |= {row.get("step")} if row["kind"] in ("train", "val") else set()
+        if row["kind"] != "adapt":
+            continue
+        of = row.get("model"), row.get("step")
+        model = model or of
+        if of == model and later <= {row.get("step")} and wanted == (row["dataset"], row["role"]):
+            found.setdefault(row["rule"], {}).setdefault(row["domain"], row)
+    return found
 
 
-def training_curve(rows: list[dict], rule: str):
-    """(training tokens, loss over the held-out domains) of evaluations; None if it is constant."""
-    table = {"none": "loss", "own": "online"}.get(rule)
-    roles, points = rows[0]["dataset"]["roles"], {}
-    for row in rows:
-        losses = row.get(table, {}) if row["kind"] == "val" else {}
-        heldout = [loss for domain, loss in losses.items() if roles[domain] == "heldout"]
-        if heldout:
-            points[row["tokens"]] = np.mean(heldout)
-    if len(set(points.values())) < 2:
-        return None
-    return list(points), list(points.values())
-
-
-def lines_of(methods: dict, curve_of) -> dict[tuple[str, str], tuple]:
-    """{(name, rule): (x (n,), y (seeds, n))}, of the seeds that have a curve."""
-    lines = {}
+def read_by(methods: dict, dataset: str | None = None, role="heldout") -> dict:
+    """{(name, rule): (tokens read (R,), loss (seeds, R), mean over domains, a row of the log)}."""
+    curves, ways = {}, {}
     for name, runs in methods.items():
-        for rule in STYLES:
-            curves = [curve_of(rows, rule) for rows in runs]
-            curves = [curve for curve in curves if curve]
-            if curves:
-                x = min((x for x, _ in curves), key=len)  # a seed may not have come as far
-                lines[name, rule] = x, np.array([y[: len(x)] for _, y in curves])
-    return lines
+        readings = [newest_readings(rows, dataset, role) for rows in runs]
+        for rule in WORDS:
+            seeds = [reading[rule] for reading in readings if rule in reading]
+            ways |= {how_read(rows): f"{name} by {rule!r}" for rows in seeds}
+            if len(ways) > 1:
+                (a, by), (b, other), *_ = ways.items()
+                unlike = [" and ".join(sorted(way)) or "no more" for way in (a - b, b - a)]
+                which = f"{by} read {unlike[0]}, {other} {unlike[1]}"
+                how = "python adapt.py RUN with one --dataset, --tokens and --passages"
+                raise SystemExit(f"{which}: read both again ({how}) or plot them apart")
+            if seeds:
+                row, *_ = seeds[0].values()
+                y = np.array([np.mean([r["loss"] for r in rows.values()], 0) for rows in seeds])
+                curves[name, rule] = row["row_tokens"] * np.arange(1, y.shape[1] + 1), y, row
+                if any(r["tokens"] != row["tokens"] for rows in seeds for r in rows.values()):
+                    raise SystemExit(f"seeds of {name} differ in training tokens: plot them apart")
+    return curves
+
+
+def how_read(rows: dict[str, dict]) -> frozenset[str]:
+    """What must be equal of readings whose losses are compared."""
+    sizes = {f"{len(row['loss'])} rows of {row['row_tokens']} tokens" for row in rows.values()}
+    if len(sizes) > 1:
+        raise SystemExit(f"a run read {' and '.join(sorted(sizes))}: read it again by adapt.py")
+    return frozenset(sizes).union(
+        f"{row.get('passages')} passages of {row['dataset']}/{domain} (sha256 {row.get('sha256')})"
+        for domain, row in rows.items()
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# curves and measures
+
+
+def training_curves(methods: dict, keys) -> dict[tuple[str, str], tuple]:
+    """{(name, rule): (training tokens (n,), loss (seeds, n), mean over held-out domains)}.
+
+    Of the runs whose evaluations read what the first one's read: losses of other text do not join.
+    """
+    curves, first = {}, None
+    for name, rule in keys:
+        table, seeds = "online" if rule == "own" else "loss", []
+        for header, *rows in methods[name]:
+            cfg, data = header["config"], header["dataset"]
+            size = [cfg.get(size) for size in ("block_size", "eval_rows", "eval_passages")]
+            first = first or (size, data["roles"], data.get("sha256"))
+            if first != (size, data["roles"], data.get("sha256")):
+                print(f"right panel: {name}, {WORDS[rule]} lacks seed {cfg['seed']} (other text)")
+                continue
+            val = [row for row in rows if row["kind"] == "val" and row.get(table)]
+            heldout = [d for d, role in data["roles"].items() if role == "heldout"]
+            if val and heldout:
+                seeds += [{r["tokens"]: np.mean([r[table][d] for d in heldout]) for r in val}]
+        x = sorted(set.intersection(*map(set, seeds))) if seeds else []
+        if seeds and not x:
+            raise SystemExit(f"seeds of {name} have no evaluation at equal tokens: plot them apart")
+        if x:
+            curves[name, rule] = np.array(x), np.array([[seed[n] for n in x] for seed in seeds])
+    return curves
 
 
 def running(curve: np.ndarray) -> np.ndarray:
@@ -102,61 +145,81 @@ def running(curve: np.ndarray) -> np.ndarray:
 
 def tokens_needed(curve: np.ndarray, level: float, T: int) -> int | None:
     """Tokens read when `running` has come down to a level for good; None if it never does."""
-    above = np.flatnonzero(running(curve) > level)
+    above = np.flatnonzero(~(running(curve) <= level))  # NaN is above
     n = above[-1] + 2 if len(above) else 1
-    return n * T if n <= len(curve) else None
+    return int(n * T) if n <= len(curve) else None
 
 
-def fewer_examples(name: str, curve: np.ndarray, adamw: np.ndarray, T: int) -> str:
-    end = T * len(adamw)
-    n = tokens_needed(curve, running(adamw)[-1], T)
-    if n is None:
-        return f"fewer examples: {name} does not come to where AdamW is after {end:,} tokens"
-    where = f"{name} is after {n:,} tokens where AdamW is after {end:,}"
-    return f"fewer examples: {where}: {end / n:.1f} times fewer"
+def strongest(reading: dict, tune: dict) -> tuple[str, str] | None:
+    """The opponent: of AdamW and dynamic evaluation on any run, the best on the tune domains."""
+    rivals = [key for key in reading if key[1] in OPPONENTS]
+    judged = [(tune, key) for key in rivals if key in tune] or [(reading, key) for key in rivals]
+    losses = {key: np.nan_to_num(of[key][1].mean(), nan=np.inf) for of, key in judged}
+    return min(losses, key=losses.get, default=None)
+
+
+def fewer_examples(name: str, curve, opponent, T: int, by="tuned AdamW") -> str:
+    """How many times fewer tokens a curve (R,) needs to where another ends than that one needs."""
+    level = running(opponent)[-1]
+    need, n = tokens_needed(opponent, level, T), tokens_needed(curve, level, T)
+    if n is None or need is None:
+        return f"fewer examples: {name} does not come to the {level:.3f} of {by}"
+    where = f"{by} comes to {level:.3f} (over the later half of what was read) after {need:,}"
+    times = f"{need / n:.1f} times fewer" if n <= need else f"{n / need:.1f} times more"
+    return f"fewer examples: {where} tokens, {name} after {n:,}: {times}"
 
 
 # --------------------------------------------------------------------------------------------------
 # the table and the picture
 
 
-def print_table(reading: dict, methods: dict):
+def print_table(reading: dict, opponent: tuple[str, str] | None):
     x = next(iter(reading.values()))[0]
-    print(f"unseen text, nats per token over the first {x[-1]:,}, each predicted, then learned:")
-    for (name, rule), (_, y) in reading.items():
-        means = y.mean(1)
-        spread = f" ± {means.std(ddof=1):.3f} over {len(means)} seeds" if len(means) > 1 else ""
-        tokens = max(row["tokens"] for row in methods[name][0] if row.get("rule") == rule) / 1e6
-        label = f"{name}, {WORDS[rule]}"
-        print(f"  {label:36}{means.mean():.3f}{spread}  after {tokens:.1f}M training tokens")
-    adamw = [y.mean(0) for (_, rule), (_, y) in reading.items() if rule == "adamw"]
-    (name, rule), (x, y) = list(reading.items())[-1]
-    if rule == "own" and adamw:
-        strongest = min(adamw, key=lambda curve: running(curve)[-1])
-        print(fewer_examples(name, y.mean(0), strongest, x[0]))
+    few = min(len(x), -(-512 // x[0]))  # rows
+    print("unseen text, nats per token, each predicted, then learned (± deviation of seeds):")
+    heads = f"{f'all {x[-1]:,}':>16}{f'first {x[few - 1]:,}':>13}{'forwards':>10}{'trained on':>12}"
+    print(f"{'':42}{heads}")
+    for (name, rule), (_, y, row) in reading.items():
+        spread = f" ± {y.mean(1).std(ddof=1):.3f}" if len(y) > 1 else ""  # over seeds
+        cells = f"{y[:, :few].mean():13.3f}{row.get('forwards') or '-':>10}"
+        cells = f"{f'{y.mean():.3f}{spread}':>16}{cells}{row['tokens'] / 1e6:11.1f}M"
+        print(f"  {f'{name}, {WORDS[rule]}':40}{cells}")
+    for name, rule in reading if opponent in reading else ():
+        if rule == "own":
+            ours, theirs = (reading[key][1].mean(0) for key in ((name, rule), opponent))
+            print(
+                fewer_examples(name, ours, theirs, x[0], f"{WORDS[opponent[1]]} on {opponent[0]}")
+            )
 
 
-def draw(reading: dict, training: dict, output: Path):
-    figure = Figure(figsize=(15, 4.5), layout="constrained", dpi=90)
-    left, right = figure.subplots(1, 2)
-    reading = {key: (x, running(y)) for key, (x, y) in reading.items()}
-    names = list(dict.fromkeys(name for name, _ in [*reading, *training]))
-    for axes, lines in ((left, reading), (right, training)):
+def draw(reading: dict, training: dict, marks: dict, output: Path):
+    """`marks` are {(name, rule): (training tokens, loss)}."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained", dpi=90)
+    panels = figure.subplots(1, 2 if training else 1, squeeze=False)[0]
+    so_far = {key: (x, y.cumsum(1) * x[0] / x) for key, (x, y, _) in reading.items()}
+    names, shown = list(dict.fromkeys(name for name, _ in reading)), {}
+    for axes, lines in zip(panels, (so_far, training), strict=False):
         for (name, rule), (x, y) in lines.items():
-            mean, color = y.mean(0), f"C{names.index(name)}"
-            label = f"{name}, {WORDS[rule]}: {mean[-1]:.2f}"
-            axes.plot(x, mean, STYLES[rule], color=color, label=label)
-            axes.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.2, lw=0)
+            how = dict(color=f"C{names.index(name)}", markevery=[-1] if lines is so_far else 1)
+            line = axes.plot(x, y.mean(0), STYLES[rule], **how)[0]
+            axes.fill_between(x, y.min(0), y.max(0), color=how["color"], alpha=0.2, lw=0)
+            shown.setdefault(f"{name}, {WORDS[rule]}", line)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="loss at the end")
+    panels[0].set(title="Reading unseen text", xlabel="tokens of it read")
+    panels[0].set(ylabel="nats per token, mean of those read so far")
     if training:
-        ends = [y[:, -1].mean() for _, y in training.values()]
-        right.set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press it flat
-    left.set(title="Reading text that was never seen", xlabel="tokens of it read so far")
-    left.set(ylabel="nats per token, over the later half of them")
-    right.set(title="Pretraining: loss on domains held out", xlabel="training tokens")
-    right.set(ylabel="nats per token")
+        for (name, rule), (x, y) in marks.items():
+            how = dict(color=f"C{names.index(name)}", alpha=0.8)
+            panels[1].plot(x, y, STYLES[rule][0], ms=9, mec="k", **how)
+            if rule in OPPONENTS:
+                panels[1].axhline(y, ls=STYLES[rule][1:], lw=1, **how)
+        ends = [*(y[:, -1].mean() for _, y in training.values()), *(y for _, y in marks.values())]
+        panels[1].set_ylim(min(ends) - 0.05, max(ends) + 0.6)  # the first steps would press it flat
+        framed = "; framed: the left panel's ends" if marks else ""
+        panels[1].set(title="Held-out text while training", xlabel=f"training tokens{framed}")
+        panels[1].set(ylabel="nats per token, mean of all")
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
 
@@ -169,15 +232,24 @@ def main(argv=None):
     parser.add_argument("--dataset", help="whose domains were read; default: the runs' own")
     args = parser.parse_args(argv)
     methods = read_methods(args.runs)
-    reading = lines_of(methods, lambda rows, rule: reading_curve(rows, rule, args.dataset))
+    reading = read_by(methods, args.dataset)
+    tune = read_by(methods, args.dataset, "tune") or read_by(methods, role="tune")
+    for name in methods:
+        if name not in {name for name, _ in reading}:
+            print(f"{name} was not read, or was trained since: read it by adapt.py")
     if not reading:
         raise SystemExit("no run was read yet: python adapt.py RUN writes what the picture shows")
-    learners = [name for name, rule in reading if rule == "own"]  # shown by that rule alone
-    for name in learners:
-        reading.pop((name, "none"), None)
-        reading.pop((name, "adamw"), None)
-    print_table(reading, methods)
-    draw(reading, lines_of(methods, training_curve), args.output)
+    print_table(reading, strongest(reading, tune))
+    learners = {name for name, rule in reading if rule == "own"}
+    if any(name not in learners for name, _ in reading):  # a learner is shown by its own rule
+        reading = {k: v for k, v in reading.items() if k[0] not in learners or k[1] == "own"}
+    training = training_curves(methods, [key for key in reading if key[1] in ("none", "own")])
+    header, marks = methods[next(iter(reading))[0]][0][0], {}
+    for key, (x, y, row) in reading.items():  # over as many tokens as the curves
+        n = header["config"].get("eval_rows", len(x))
+        if n <= len(x) and row["dataset"] == header["dataset"]["name"]:
+            marks[key] = row["tokens"], y[:, :n].mean()
+    draw(reading, training, marks, args.output)
     print(f"picture: {args.output}")
 
 

@@ -1279,18 +1279,23 @@ def test_twenty_steps_compile_nothing_late_and_multiply_in_bfloat16(
 # plot.py: what is told is what the logs say
 
 
-def write_log(path, adapt=(), seed=1, tokens=9) -> Path:
+TUNE = ("t", "podcasts", "math_latex", "changelogs")
+
+
+def write_log(path, adapt=(), seed=1, tokens=9, at=(0, 9), domains="tz", **changes) -> Path:
     """A log with two evaluations, and with adapt rows [(rule, losses of 16-token rows)]."""
-    roles = {"a": "train", "t": "tune", "z": "heldout"}
-    data = dict(name="toy", tokenizer="bytes", roles=roles)
+    roles = {"a": "train"} | {d: "tune" if d in TUNE else "heldout" for d in domains}
+    data = dict(name="toy", tokenizer=changes.pop("tokenizer", "bytes"), roles=roles)
     rows = [dict(kind="run", config=dict(seed=seed), dataset=data)]
-    for at, loss in ((0, 5.0), (tokens, 3.0)):
-        losses = {"a": 0.0, "t": 0.0, "z": loss}
-        rows.append(dict(kind="val", tokens=at, flops=0.0, loss=losses, online={}))
-    for (rule, losses), domain in itertools.product(adapt, "tz"):
+    for step, loss in zip(at, (5.0, *[3.0] * len(at)), strict=False):
+        losses = {"a": 0.0, **dict.fromkeys(domains, loss)}
+        rows.append(dict(kind="val", step=step, tokens=step, flops=0.0, loss=losses, online={}))
+    for (rule, losses), domain in itertools.product(adapt, domains):
         row = dict(kind="adapt", dataset="toy", domain=domain, role=roles[domain], rule=rule)
-        row |= dict(tokens=2_000_000, row_tokens=16, by_passage=[min(losses), max(losses)])
-        rows.append(row | dict(options={}, loss=[loss + 5 * (domain == "t") for loss in losses]))
+        row |= dict(step=at[-1], tokens=tokens, row_tokens=16, flops=tokens * 6e6, options={})
+        row |= dict(by_passage=[min(losses), max(losses)], passages=2, sha256="0a", model="1b")
+        row |= dict(forwards={"none": 1, "own": 3}.get(rule, 12))
+        rows.append(row | dict(loss=[loss + 5 * (domain in TUNE) for loss in losses]) | changes)
     return write(path, {"log.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
 
 
@@ -1302,46 +1307,207 @@ def told(tmp_path):
 def test_the_table_says_what_heldout_rows_say_and_how_many_fewer_are_needed(told, tmp_path):
     own = [9.0, 2.0] + [1.0] * 6  # its later half is at 2.0 after two rows
     adamw = [3.0] * 4 + [2.0] * 4  # over its later half 2.0
-    base = write_log(tmp_path / "base", [("none", [4.0] * 8), ("adamw", adamw)])
+    read = [("none", [4.0] * 8), ("adamw", adamw)]
+    base = write_log(tmp_path / "base", read, tokens=2_000_000)
     newer = [("own", [9.0] * 8), ("own", own)]  # rows that replace older ones
-    text = told(base, write_log(tmp_path / "maml_0.1", newer))  # the folder's whole name
-    cells = dict(re.findall(r"^  (.*\S) +(\d\.\d+)  after 2.0M training tokens$", text, re.M))
-    assert cells == {
-        "base, no learning": "4.000",
-        "base, tuned AdamW": "2.500",
-        "maml_0.1, its own rates": f"{np.mean(own):.3f}",
-    }
-    assert "maml_0.1 is after 32 tokens where AdamW is after 128: 4.0 times fewer" in text
-    assert (tmp_path / "curves.png").stat().st_size > 10_000 and len(text.splitlines()) <= 6
+    maml = write_log(tmp_path / "maml_0.1", newer, tokens=2_000_000)  # the folder's whole name
+    text = told(base, maml)
+    cells = re.findall(r"^  (\S+, [\w ]*\w) +(\d\.\d+) +(\d\.\d+) +(\d+) +2.0M$", text, re.M)
+    mean = f"{np.mean(own):.3f}"  # of 128 tokens, so the first 512 are all
+    assert cells == [
+        ("base, no learning", "4.000", "4.000", "1"),
+        ("base, tuned AdamW", "2.500", "2.500", "12"),
+        ("maml_0.1, its own inner loop", mean, mean, "3"),
+    ]
+    assert "tuned AdamW on base comes to 2.000" in text and "over the later half" in text
+    assert "after 128 tokens, maml_0.1 after 32: 4.0 times fewer" in text
+    assert (tmp_path / "curves.png").stat().st_size > 10_000 and len(text.splitlines()) <= 7
+
+
+def test_the_first_512_tokens_are_told_apart_from_the_whole(told, tmp_path):
+    text = told(write_log(tmp_path / "run", [("none", [3.0] * 32 + [1.0] * 32)]))
+    assert re.search(r"all 1,024 +first 512 ", text)
+    assert re.search(r"^  run, no learning +2.000 +3.000 +1 ", text, re.M)
 
 
 def test_a_level_is_reached_when_the_loss_stays_there():
     fallen, bounced = [2.0, 1.0], [3.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0]
     rows_needed = ((fallen, 2.5, 1), (fallen, 1.5, 2), (fallen, 0.5, None), (bounced, 1.5, 8))
-    for curve, level, rows in rows_needed:
+    for curve, level, rows in (*rows_needed, ([1.0, math.nan], 2.0, None)):
         assert plot.tokens_needed(np.array(curve), level, 1) == rows
 
 
-def test_seeds_of_one_method_are_averaged_and_paired_in_the_long_tables(told, tmp_path):
-    logs = []
-    for seed in (1, 2, 3):
-        for name, tokens, read in (
-            ("base_small", 8, [("adamw", [2.0] * 8)]),
-            ("half_maml", 2, [("own", [3.1 - seed / 10] * 8)]),
-            ("maml", 8, [("own", [0.9 + seed / 10] * 8)]),
-        ):
-            folder = write_log(tmp_path / f"{name}{seed}", read, seed, tokens)
-            logs.append((folder / "log.jsonl").rename(tmp_path / f"{name}_s{seed}.jsonl"))
-    text = told(*logs)
-    assert re.search("^  base_small, tuned AdamW +2.000 ± 0.000 over 3 seeds", text, re.M)
-    assert re.search("^  maml, its own rates +1.100 ± 0.100 over 3 seeds", text, re.M)
+def test_a_curve_needs_as_many_examples_as_itself():
+    for seed in range(20):
+        falling = np.linspace(3, 1 + seed % 2, 32) + np.random.default_rng(seed).normal(size=32)
+        assert plot.fewer_examples("own", falling, falling, 16).endswith(": 1.0 times fewer")
+    early = np.array([3.0] + [1.0] * 7)  # needs 2 rows of its 8
+    late = np.array([3.0] * 5 + [0.0] * 3)  # 0.75 over its later half; 1 after the last row alone
+    assert plot.fewer_examples("own", late, early, 1).endswith("own after 8: 4.0 times more")
+    assert "own does not come to" in plot.fewer_examples("own", early + 1, early, 1)
+
+
+def test_the_opponent_is_the_one_that_the_tune_domains_choose(told, tmp_path):
+    log = write_log(tmp_path / "base", [("adamw", [2.0] * 8), ("dynamic", [1.9] * 8)]) / "log.jsonl"
+    write_log(tmp_path / "maml", [("own", [1.0] * 8)])
+    dynamic = "fewer examples: dynamic evaluation on base comes to 1.900"
+    assert dynamic in told(log.parent, tmp_path / "maml")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:  # on text held out dynamic evaluation stays better, on tune domains it is not
+        if row.get("rule") == "dynamic" and row["role"] == "tune":
+            row["loss"] = [9.0] * 8
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = told(log.parent, tmp_path / "maml")
+    assert "fewer examples: tuned AdamW on base comes to 2.000" in text
+
+
+@pytest.mark.parametrize(
+    "other, what",
+    [
+        (dict(adapt=[("own", [3.0] * 4)]), "8 rows of 16 tokens.* 4 rows of 16 tokens"),
+        (dict(row_tokens=32), "rows of 16 tokens.* rows of 32 tokens"),
+        (dict(sha256="0b"), r"\(sha256 0a\).*\(sha256 0b\)"),
+        (dict(sha256=None), r"\(sha256 0a\).*\(sha256 None\)"),  # what is unknown is not equal
+        (dict(passages=1), "2 passages.* 1 passages"),
+        (dict(domains="yz"), "no more.* passages of toy/y"),
+        (dict(tokenizer="gpt2"), "do not compare: plot apart"),
+    ],
+)
+def test_what_was_not_read_alike_is_not_compared(told, tmp_path, other, what):
+    base = write_log(tmp_path / "base", [("adamw", [3.0] * 8)])
+    other = write_log(tmp_path / "maml", **dict(adapt=[("own", [3.0] * 8)]) | other)
+    with refused(match=what):
+        told(base, other)
+
+
+def test_a_run_that_is_left_out_is_named(told, tmp_path):
+    base = write_log(tmp_path / "base", [("adamw", [3.0] * 8)])
+    read = [("own", [3.0] * 8)]
+    assert "maml was not read" in told(base, write_log(tmp_path / "maml", read, dataset="toys"))
+
+
+def test_what_another_model_has_read_is_not_plotted(told, tmp_path):
+    log = write_log(tmp_path / "run", [("none", [4.0] * 8), ("adamw", [2.0] * 8)]) / "log.jsonl"
+    newer = write_log(tmp_path / "new", [("none", [3.0] * 8)], model="2c") / "log.jsonl"
+    _, step_0, step_9, *readings = newer.read_text().splitlines(keepends=True)
+    old = log.read_text()
+    log.write_text(old + "".join(readings))
+    text = told(log.parent)
+    assert "no learning  " in text and " 3.000 " in text and "AdamW" not in text
+    log.write_text(old + "".join(readings[-1:]))  # the heldout domain alone
+    assert "AdamW" not in told(log.parent)
+    log.write_text(old + step_9)  # an evaluation of the same step: still the same model
+    assert "AdamW" in told(log.parent)
+    log.write_text(old + step_0 + step_9)  # begun again since
+    with refused(match=r"no run was read yet: python adapt\.py RUN"):
+        told(log.parent)
+
+
+def test_a_run_whose_reading_was_cut_short_is_refused(told, tmp_path):
+    log = write_log(tmp_path / "run", [("none", [4.0] * 8)], domains="yz") / "log.jsonl"
+    half = write_log(tmp_path / "again", [("none", [4.0] * 4)], domains="y") / "log.jsonl"
+    log.write_text(log.read_text() + half.read_text().splitlines(keepends=True)[-1])
+    with refused(match="4 rows of 16 tokens and 8 rows of 16 tokens: read it again"):
+        told(log.parent)
+
+
+def test_seeds_join_at_equal_training_tokens_or_not_at_all(told, tmp_path):
+    read = [("none", [3.0] * 8)]
+    logs = [
+        write_log(tmp_path / f"a_s{s}", read, s, at=at) for s, at in ((1, (0, 3, 9)), (2, (0, 9)))
+    ]
+    methods = plot.read_methods(logs)
+    x, y = plot.training_curves(methods, [("a", "none")])["a", "none"]
+    assert x.tolist() == [0, 9] and y.tolist() == [[5, 3], [5, 3]]
+    logs += [write_log(tmp_path / "a_s3", read, 3, at=(1, 8))]
+    with refused(match="seeds of a have no evaluation at equal tokens"):
+        told(*logs)
+    with refused(match="seeds of a differ in training tokens"):
+        told(*logs[:2], write_log(tmp_path / "a_s4", read, 4, tokens=8))
+    other = write_log(tmp_path / "a_s5", read, 5, domains="tz")
+    text = (other / "log.jsonl").read_text().replace('"seed": 5', '"seed": 5, "eval_passages": 2')
+    (other / "log.jsonl").write_text(text)
+    assert "a, no learning lacks seed 5 (other text)" in told(*logs[:2], other)
+
+
+def published(folder: Path, loss_of) -> list[Path]:
+    """Logs of two budgets of a recipe and of a baseline, three seeds, loss_of(name, rule, d, s)."""
+    logs, texts = [], {"corpus": [*TUNE[1:], "bible", "drama", "latin"]}
+    texts["fresh"] = ["french_novels", "german_law", "recipes_zh", "csv_tables", "chess_pgn"]
+    for seed, (name, rules, tokens) in itertools.product(
+        (1, 2, 3),
+        [("base", ("none", "adamw", "dynamic"), 50), ("r", ["own"], 50), ("r_2.0M", ["own"], 20)],
+    ):
+        rows = []
+        for dataset, domains in texts.items():
+            how = dict(domains=domains, dataset=dataset, tokens=tokens)
+            path = write_log(folder / "one", [(rule, [0.0]) for rule in rules], seed, **how)
+            rows += [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+        rows[0]["dataset"]["name"] = "corpus"
+        rows = [row for i, row in enumerate(rows) if i < 3 or row["kind"] == "adapt"]
+        for row in rows[3:]:
+            row["loss"] = [loss_of(name, row["rule"], row["domain"], seed)] * 8
+        logs.append(folder / f"{name}_s{seed}.jsonl")
+        logs[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return logs
+
+
+def test_the_headline_of_the_long_tables_is_that_of_a_second_program(tmp_path):
+    gaps = defaultdict(lambda: -0.1 + 0.05 * next(dice))
+    dice = iter(np.random.default_rng(1).normal(size=99))
+
+    def loss_of(name, rule, domain, seed):
+        if rule == "none":
+            return 3.0
+        if rule == "adamw":  # stronger wherever the tune domains do not see it
+            return 2.5 if domain in TUNE else 1.8
+        gap = gaps[domain, seed] if rule == "own" else 0  # half of the budget loses what it gains
+        return 2.0 + (gap if name == "r" else -gap)
+
+    logs = published(tmp_path, loss_of)
+    told = [d for d in dict.fromkeys(d for d, _ in gaps) if d not in TUNE]
+    table = np.array([[gaps[d, s] for d in told] for s in (1, 2, 3)])  # (seeds, domains)
+    over_seeds = 4.303 * table.mean(1).std(ddof=1) / 3**0.5  # Student's t, 2 degrees of freedom
+    over_domains = 2.365 * table.mean(0).std(ddof=1) / 8**0.5
+    figures = [f"{table.mean():+.3f}", *(f"{half:.3f}" for half in (over_seeds, over_domains))]
+    figures.append(f"{2.5**0.5:.3f}")  # straight over the logarithm of 20 and 50 tokens
     text = execute(HERE / "results/tables.py", *logs).stdout
-    half = 4.303 * 0.1 / 3**0.5  # Student's t of two degrees of freedom
-    assert re.search(rf"^\| maml \| own \| 1.100 .* -0.900 ± {half:.3f} ", text, re.M)
-    # half of the way in loss from 2 tokens to 8, so at 4: the base needs twice as many
-    assert "faster: maml needs 2.000x ± 0.000 fewer training tokens" in text
-    with refused(match="'maml_s4' have one seed: rename"):
-        told(*logs, write_log(tmp_path / "maml_s4"))
+    headline = (
+        r"headline: (r, .*), less (base, .*):\n(\S+) ± (\S+) ± (\S+) \(over seeds, over 8 dom"
+    )
+    found = re.search(headline, text).groups()
+    assert [*found] == ["r, its own inner loop", "base, dynamic evaluation", *figures[:3]]
+    assert f"faster: {figures[3]} ± 0.000 times fewer training tokens" in text
+    assert re.search(r"^\| base \| dynamic evaluation .* \| 1.000 ± 0.000 \|$", text, re.M)
+    second = execute(HERE / "results/headline.py", *logs, "--expect", *figures)
+    assert second.returncode == 0, second.stderr
+    assert "r by own less base by dynamic" in second.stdout
+    for i, figure in enumerate(figures):
+        wrong = [*figures[:i], f"{float(figure) + 0.001:.3f}"]
+        assert execute(HERE / "results/headline.py", *logs, "--expect", *wrong).returncode != 0
+
+
+def test_training_tokens_to_a_level_lie_between_budgets_and_never_beyond(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    from headline import needed
+    from tables import training_tokens_needed
+
+    points = {1: 4.0, 4: 3.0, 16: 2.0}
+    for level, tokens in ((3.5, 2), (3.0, 4), (2.25, 4 * 4**0.75), (2.0, 16), (4.0, 1), (9.0, 1)):
+        assert math.isclose(training_tokens_needed(points, level), tokens)
+        assert math.isclose(needed(sorted(points.items()), level), tokens)
+    for found in (training_tokens_needed(points, 1.9), needed(sorted(points.items()), 1.9)):
+        assert found is None or math.isnan(found)
+
+
+@pytest.mark.parametrize("folder", ["demo", "corpus"])
+def test_logs_of_earlier_editions_are_plotted_and_tabled(told, folder):
+    logs = sorted((HERE / "results" / folder).glob("[bmr]*_s?.jsonl"))
+    assert "baseline, tuned AdamW" in told(*logs)
+    groups = ["tune=local:type_stubs", "test=local:cpp_headers,python_docs"]
+    extra = ["--groups", *groups] if folder == "demo" else []
+    text = execute(HERE / "results/tables.py", *logs, *extra).stdout
+    assert "headline: maml, its own inner loop, less baseline, tuned AdamW" in text
 
 
 def test_logs_beyond_repair_are_refused_and_a_cut_last_line_is_left_out(told, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train import load_checkpoint
+from model import GPT, GPTConfig
 
 
 def main(argv=None):
@@ -25,11 +25,15 @@ def main(argv=None):
     figure = Figure(figsize=(5 * len(args.runs) + 2, 7), layout="constrained", dpi=80)
     panels = figure.subplots(1, len(args.runs), sharex=True, sharey=True, squeeze=False)[0]
     for axes, run in zip(panels, args.runs, strict=True):
-        ckpt, model = load_checkpoint(run / "ckpt.pt")
-        sizes = {n.removeprefix("transformer."): p.numel() for n, p in model.named_parameters()}
-        if not ckpt.get("learner"):
-            raise SystemExit(f"{run} has learned no rates")
-        rates = torch.cat([part.flatten() for part in ckpt["learner"].values()]).exp()
+        path = run / "ckpt.pt"
+        if not path.is_file():
+            raise SystemExit(f"no checkpoint at {path}: pass the folder of a run")
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if "log_inner_lr" not in (ckpt.get("learner") or {}):
+            raise SystemExit(f"{run} has learned no rates: pass runs with learn_inner_lr")
+        parameters = GPT(GPTConfig(**ckpt["model_args"])).named_parameters()  # in theta's order
+        sizes = {name.removeprefix("transformer."): p.numel() for name, p in parameters}
+        rates = ckpt["learner"]["log_inner_lr"].flatten().exp()
         # rates of tensors are one each
         cuts = list(sizes.values()) if len(rates) == sum(sizes.values()) else 1
         spans = [np.quantile(part, [0.05, 0.5, 0.95]) for part in rates.split(cuts)]
