@@ -127,7 +127,9 @@ def mixture(losses: np.ndarray, T: int) -> np.ndarray:
     at most the best expert's plus ln(experts) / n nats a token, whatever the text. An expert
     whose loss is not finite has a likelihood of zero from there on.
     """
-    logs = -T * np.nan_to_num(losses.astype(float), nan=np.inf).cumsum(-1)  # of the rows so far
+    logs = -T * np.nan_to_num(losses.astype(float), nan=np.inf, posinf=np.inf).cumsum(
+        -1
+    )  # of the rows so far
     together = np.logaddexp.reduce(logs, 0) - np.log(len(losses))  # (P, R)
     return -np.diff(together, axis=-1, prepend=0) / T
 

@@ -32,10 +32,9 @@ def read_flags(config: type, argv: list[str], about: str = "") -> dict:
     """
     fields, given = {f.name: f for f in dataclasses.fields(config)}, {}
     if {"-h", "--help"} & {*argv}:
-        lines = [f"  --{f.name}={f.default}" for f in fields.values()]
-        raise SystemExit(
-            "\n".join([about, "Flags and their defaults; Config explains them:", *lines])
-        )
+        print(about, "Flags and their defaults, which Config explains:", sep="\n")
+        print(*(f"  --{field.name}={field.default}" for field in fields.values()), sep="\n")
+        raise SystemExit
     for path in [word for word in argv if not word.startswith("-")]:
         if not Path(path).is_file():
             raise ValueError(f"no config file {path}; flags are written --key=value")

@@ -289,7 +289,7 @@ def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
     groups = [group | {"peak_lr": cfg.learning_rate} for group in groups if cfg.learning_rate]
     if (rates := learner.log_inner_lr) is not None:
         # Gradients of log rates are far below 1e-8, which would be added to their root mean square.
-        free = {"betas": (0.9, 0.95), "eps": 1e-16, "weight_decay": 0.0}
+        free = {"betas": (0.9, 0.95), "eps": 1e-18, "weight_decay": 0.0}
         groups.append({"params": [rates], "peak_lr": cfg.inner_lr_lr, **free})
     betas = (0.9, cfg.beta2)
     if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it

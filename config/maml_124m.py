@@ -18,7 +18,6 @@ tasks_per_step = 8
 inner_steps = 7
 first_order = True
 learn_inner_lr = "element"
-inner_clip = 1.0
 max_steps = 19_073
 
 learning_rate, warmup_steps = 6e-4, 700

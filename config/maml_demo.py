@@ -12,7 +12,6 @@ tasks_per_step = 4
 max_steps = 256
 inner_steps = 7
 first_order = True
-inner_clip = 4.0
 
 learn_inner_lr = "element"
 inner_lr = 0.05
