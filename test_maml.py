@@ -31,7 +31,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -821,10 +820,12 @@ def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
 # --------------------------------------------------------------------------------------------------
 # the systems
 
+RECIPE = dict(plain_steps=2, plain_batch_size=3, plain_tasks_per_step=2, inner_optimizer="normed")
 RUNS = [PLAIN, dict(), dict(first_order=False, learn_inner_lr="tensor"), dict(learning_rate=0)]
+RUNS += [RECIPE]
 
 
-@pytest.mark.parametrize("method", RUNS, ids=["plain", "first", "second", "rates"])
+@pytest.mark.parametrize("method", RUNS, ids=["plain", "first", "second", "rates", "recipe"])
 def test_a_run_stopped_and_resumed_is_bitwise_one_that_was_not(pretrain, at_step, method):
     """And one that was evaluated more often."""
     often = pretrain("often", eval_interval=1, **method)
@@ -845,7 +846,7 @@ TWO_GPUS = pytest.mark.skipif(not DRY and torch.cuda.device_count() < 2, reason=
 ON_GPUS = pytest.param(dict(device=DEVICE), marks=[pytest.mark.gpu, TWO_GPUS])
 
 
-@pytest.mark.parametrize("method", [PLAIN, dict(), ON_GPUS], ids=["plain", "first", "gpus"])
+@pytest.mark.parametrize("method", [PLAIN, RECIPE, ON_GPUS], ids=["plain", "recipe", "gpus"])
 def test_two_processes_do_what_one_does(pretrain, data_dir, tmp_path, method):
     alone, pair = pretrain("alone", **method), tmp_path / "pair"
     options = flags(**QUICK | dict(data_dir=data_dir, out_dir=pair) | method)
@@ -853,6 +854,24 @@ def test_two_processes_do_what_one_does(pretrain, data_dir, tmp_path, method):
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(log_of(pair), log_of(alone), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights_of(pair), weights_of(alone), rtol=1e-3, atol=1e-5)
+
+
+def test_plain_steps_first_are_those_of_the_baseline_bit_for_bit(pretrain):
+    """What follows goes on from there, with rates that have not moved before."""
+    plain = PLAIN | dict(batch_size=3, tasks_per_step=2, seed=3)
+    base = pretrain("base", **plain, max_steps=4)
+    both = pretrain("both", **RECIPE | dict(plain_steps=4, max_steps=4, seed=3))
+    identical(checkpoint_of(both)["model"], checkpoint_of(base)["model"])
+    recipe = pretrain("recipe", **RECIPE | dict(plain_steps=4, max_steps=8, seed=3))
+    assert [r["loss"] for r in log_of(recipe)["train"]] == [
+        r["loss"] for r in log_of(base)["train"]
+    ]
+    online = {row["step"]: bool(row["online"]) for row in log_of(recipe)["val"]}
+    assert online == {0: False, 3: False, 6: True, 8: True}
+    moved = {row["step"]: row["rates_moved"] for row in log_of(recipe)["val"]}
+    assert moved[3] == 0 and moved[8] > 0.9
+    per_step = [2 * 3 * 16] * 4 + [4 * 4 * 16] * 4
+    assert checkpoint_of(recipe)["tokens"] == sum(per_step)
 
 
 def test_ranks_that_begin_at_different_steps_refuse_to_start(pretrain, data_dir, tmp_path):
@@ -911,13 +930,25 @@ def test_what_begins_from_a_checkpoint_has_its_shape_and_counts_what_it_cost(pre
     assert checkpoint_of(out)["step"] == 8 and checkpoint_of(out)["tokens"] == (6 + 8) * 4 * 4 * 16
 
 
-def test_a_nanogpt_checkpoint_is_taken_over(pretrain, tmp_path):
+def test_a_nanogpt_checkpoint_is_taken_over_if_its_vocabulary_is_the_dataset_s(pretrain, tmp_path):
+    """Compiled, with masks as older ones have them, and without a word on biases."""
     args = dict(vocab_size=320, bias=True, **TINY)
     model = GPT(GPTConfig(**args)).state_dict()
-    ckpt = {"model": {f"_orig_mod.{n}": p for n, p in model.items()}, "iter_num": 7}
-    torch.save(ckpt | {"model_args": args | {"dropout": 0.0}}, tmp_path / "nano.pt")
+    weights = {f"_orig_mod.{n}": p for n, p in model.items()}
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+    said = {k: v for k, v in args.items() if k != "bias"} | {"dropout": 0.0}
+    torch.save({"model": weights, "iter_num": 7, "model_args": said}, tmp_path / "nano.pt")
     out = pretrain(init_from=tmp_path / "nano.pt", max_steps=0)
     identical(checkpoint_of(out)["model"], model)
+    cropped = pretrain("cropped", init_from=tmp_path / "nano.pt", max_steps=0, block_size=8)
+    positions = checkpoint_of(cropped)["model"]["transformer.wpe.weight"]
+    identical(positions, model["transformer.wpe.weight"][:8])
+    for vocab_size, remedy in ((50304, "has other tokens"), (65, "has 65 ids, which no tokenizer")):
+        foreign = GPT(GPTConfig(**args | dict(vocab_size=vocab_size))).state_dict()
+        ckpt = {"model": foreign, "model_args": args | dict(vocab_size=vocab_size)}
+        torch.save(ckpt, tmp_path / "foreign.pt")
+        with refused(match=remedy):
+            pretrain("foreign", init_from=tmp_path / "foreign.pt")
 
 
 def test_nesterov_is_adamw_that_looks_ahead():
@@ -962,6 +993,10 @@ MISTAKES = [
     (dict(resume=True, inner_steps=3), "inner_steps=1"),
     (dict(resume=True, inner_optimizer="adamw"), "inner_optimizer=sgd"),
     (dict(resume=True, nesterov=True), "nesterov=False"),
+    (dict(resume=True, plain_steps=1), "plain_steps=0 (now 1)"),
+    (dict(resume=True, inner_lr=0.5), "rates began at 0.02: leave inner_lr out"),
+    (dict(plain_steps=9), "max_steps=6 must include plain_steps"),
+    (dict(device="cuda:77"), "no device 'cuda:77' here"),
 ]
 
 
@@ -972,6 +1007,25 @@ def test_a_mistake_is_answered_with_its_remedy_and_harms_no_run(pretrain, wrong,
     with refused(match=re.escape(remedy)):
         pretrain(**wrong)
     identical((log_of(out), weights_of(out)), before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_one_line(pretrain):
+    with refused(match=r"no device 'cuda' here \(.*\): try --device=auto"):
+        pretrain(device="cuda")
+
+
+@pytest.mark.parametrize("gone", ["log.jsonl", "ckpt.pt"])
+def test_a_run_of_which_one_file_is_gone_is_not_replaced(pretrain, gone):
+    out = pretrain(max_steps=1)
+    adapt.main([str(out), *READ_64])
+    (out / gone).rename(out.parent / gone)
+    kept = {path: path.read_bytes() for path in out.iterdir()}
+    with refused(match="holds a run"):
+        pretrain(max_steps=1)
+    assert kept == {path: path.read_bytes() for path in out.iterdir() if path.suffix != ".lock"}
+    pretrain(max_steps=1, init_from="resume")  # without ckpt.pt it begins again
+    assert len(log_of(out)["adapt"]) == 0  # and what another model read is not its own
 
 
 def test_processes_that_do_not_divide_the_tasks_are_told_the_flags_that_do(pretrain, monkeypatch):
