@@ -6,32 +6,47 @@
     python prepare_data.py --hf NAME --domain_field a.b    # any other one
 
 In a folder, each subfolder of text files is a domain, and so is each *.txt, *.jsonl, *.jsonl.gz and
-*.parquet beside them. data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version,
-count), then uint16 ids, the end-of-text id before each document. data/<name>/meta.json describes
-them and is written last. A run that was killed goes on when the same command is given again.
+*.parquet beside them. Text is UTF-8, or what its byte order mark says; a line ends in a line feed.
+data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, count), then uint16 ids, the
+end-of-text id before each document. data/<name>/meta.json describes them and is written last. A run
+that was killed goes on when the same command is given again.
 """
 
 import argparse
+import codecs
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
+import sys
+import unicodedata
+import zlib
 from collections import Counter, defaultdict
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from tasks import HEADER_INTS, MAGIC, VERSION
+from tasks import HEADER_INTS, MAGIC, VERSION, lock, open_shard, read_meta
 
 SHARD_TOKENS = 100_000_000  # 200 MB a file
 VAL_TOKENS = 10_000_000  # val is the last tenth of a domain, and about so much at most
 MAX_PIECE = 2**18  # characters; text that is longer is cut at line ends, to keep memory flat
 EOT = "<|endoftext|>"
+NAMES = (str, int, float)  # what may name a domain
+SUFFIX = re.compile(r"\.(txt|jsonl|jsonl\.gz|ndjson|parquet)$", re.IGNORECASE)
+RESERVED = r"(?i)(meta|progress)\.(json|tmp)|con|prn|aux|nul|com\d|lpt\d"  # by us, and by Windows
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+}
+MARKS |= {codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}  # UTF-16's begins UTF-32's
 COMMON_PILE = """arxiv_abstracts arxiv_papers biodiversity_heritage_library caselaw_access_project
 cccc data_provenance_initiative doab foodista github_archive library_of_congress libretexts news
 oercommons peS2o pre_1929_books pressbooks project_gutenberg public_domain_review pubmed
@@ -67,15 +82,24 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="make the dataset anew")
     try:
         prepare(parser.parse_args(argv))
+    except ValueError as error:
+        raise SystemExit(f"prepare_data.py: {error}") from None
     except (OSError, KeyboardInterrupt) as error:
-        raise SystemExit(f"stopped by {error!r}: the same command goes on from here") from None
+        why = str(error) or "Ctrl-C"
+        raise SystemExit(f"stopped by {why}: the same command goes on from here") from None
 
 
 def prepare(args):
+    if not (args.max_tokens >= 0 and args.max_mb >= 0):
+        raise ValueError("--max_tokens and --max_mb must be 0 or more")
+    if (args.hf and args.source != "local") or (args.domain_field and not args.hf):
+        raise ValueError("--hf takes the place of a source, and --domain_field needs --hf")
     source = args.hf or args.source
     hub = args.hf or source == "common_pile"
     path = Path(source).resolve()
-    root = Path(args.data_dir, args.name or re.sub(r"\W", "_", path.name.split(".")[0]))
+    name = args.name or clean(re.sub(r"\W", "_", path.name.strip(".").split(".")[0]))
+    if name != clean(name):
+        raise ValueError(f"--name {name!r} cannot be a folder's: use {clean(name)!r}")
     if args.hf:  # a stream of many domains has no name
         streams = {"" if args.domain_field else clean(path.name): [args.hf]}
     elif hub:
@@ -83,22 +107,39 @@ def prepare(args):
     elif source == "local":
         streams = find_local(args.max_mb * 1e6)
     else:
-        streams = find_files(path)
-        source = {d: sum(file.stat().st_size for file in files) for d, files in streams.items()}
+        streams, source = find_files(path), "files"
+    texts = dict.fromkeys(streams)  # {stream: what changes with its text, if that is known}
+    if source == "files" or (args.hf and path.is_dir()):
+        for stream in tqdm(texts, "changes", disable=None):
+            files = streams[stream] if source == "files" else walk(path, [], set())
+            texts[stream] = fingerprint(files)
+    if "" not in streams:  # a typo is found before the work is done
+        give_roles({d: {"role": "train"} for d in streams or [source]}, args)
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"text_field": args.text_field, "domain_field": args.domain_field}
     command |= {"max_tokens": args.max_tokens, "max_mb": args.max_mb}
-    meta = begin(root, command, args.overwrite)
-    if "finished" in meta:
-        make_domains(root, meta, streams, args)
-        del meta["finished"], meta["seen"]
-    give_roles(meta["domains"], args)
-    write(root / "meta.json", json.dumps(meta, indent=1).encode())
-    (root / "progress.json").unlink(missing_ok=True)
+    encoding, root = get_tokenizer(command["tokenizer"]), Path(args.data_dir, name)
+    held = {path.name for path in root.glob("*") if path.suffix != ".tmp"} - {".lock"}
+    if held and not held & {"meta.json", "progress.json"}:
+        raise ValueError(f"{root} holds something else: choose another --name")
+    with lock(root):
+        meta = begin(root, command, texts, encoding, args.overwrite)
+        try:
+            if "seen" in meta:
+                make_domains(root, meta, streams, texts, encoding, args)
+                del meta["seen"]
+            give_roles(meta["domains"], args)
+            write(root / "meta.json", json.dumps(meta, indent=1).encode())
+            (root / "progress.json").unlink(missing_ok=True)
+        finally:  # when the disk is full, too
+            remove_unfinished(root, meta)
     for domain, entry in meta["domains"].items():
+        for shard in chain(*entry["shards"].values()):
+            open_shard(root / shard)  # one may be lost
         tokens = f"{sum(entry['tokens'].values()):,} tokens"
         print(f"{domain:30}{entry['role']:8}{tokens:>24}, skipped: {dict(entry['skipped'])}")
-    print(f"{root} is ready: python train.py config/baseline_demo.py --dataset={root.name}")
+    where = f"--dataset={name}" + f" --data_dir={args.data_dir}" * (args.data_dir != "data")
+    print(f"{root} is ready: python train.py config/baseline_demo.py {where}")
 
 
 def give_roles(domains: dict[str, dict], args):
@@ -111,14 +152,14 @@ def give_roles(domains: dict[str, dict], args):
                 entry["role"] = "train"
         for name in filter(None, map(str.strip, names.split(","))):
             if name not in domains:
-                raise SystemExit(f"no domain {name!r}: choose from {', '.join(sorted(domains))}")
+                raise ValueError(f"no domain {name!r}: choose from {', '.join(sorted(domains))}")
             domains[name]["role"] = role
     if all(entry["role"] != "train" for entry in domains.values()):
-        raise SystemExit("no domain is left to train on: name fewer with --heldout or --tune")
+        raise ValueError("no domain is left to train on: name fewer with --heldout or --tune")
 
 
 # --------------------------------------------------------------------------------------------------
-# text: {stream: the files, hub datasets or lists of texts that it is read from}
+# where text is: {stream: the files, hub datasets or lists of texts that it is read from}
 
 
 def find_local(most: float) -> dict[str, list]:
@@ -140,80 +181,186 @@ def find_local(most: float) -> dict[str, list]:
         files.sort(key=lambda path: hashlib.sha256(path.read_bytes()).digest())
         ends = np.cumsum([path.stat().st_size for path in files])
         del files[np.searchsorted(ends, most) + 1 :]
+        files[:] = filter(is_text, files)  # some packages test their readers with odd bytes
     from pydoc_data.topics import topics
 
     return dict(sorted(found.items())) | {"python_docs": [[topics[t] for t in sorted(topics)]]}
 
 
 def find_files(folder: Path) -> dict[str, list[Path]]:
-    found = defaultdict(list)
-    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts or (path.name,)
-        match = re.fullmatch(r"(.+)\.(txt|jsonl|jsonl\.gz|parquet)", path.name)
-        domain = parts[0] if len(parts) > 1 else match and match[1]
-        if domain and path.is_file() and not any(part.startswith(".") for part in parts):
-            found[clean(domain)].append(path)
+    """The files of each domain. In a subfolder any text will do, but JSON's syntax is none."""
+    if not folder.exists():
+        raise ValueError(f"there is no {folder}: give local, common_pile, a folder or a file")
+    found, ignored, taken = defaultdict(list), [], {}
+    for path in [folder] if folder.is_file() else walk(folder, ignored, {folder.resolve()}):
+        parts, known = path.relative_to(folder).parts, SUFFIX.search(path.name)
+        if (known or len(parts) != 1) and (known or is_text(path, 99)):
+            domain = parts[0] if len(parts) > 1 else SUFFIX.sub("", path.name)
+            found[folder_name(domain, taken)].append(path)
+        else:
+            ignored.append(path)
+    if ignored:
+        print(f"ignored {len(ignored)}, as hidden, no text, or seen before:", *ignored[:9])
     return found
+
+
+def walk(folder: Path, ignored: list[Path], seen: set[Path]):
+    """The files below a folder. Links are followed, to no folder twice: some lead in a circle."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name[0] != "." and path.resolve() not in seen:
+            seen.add(path.resolve())
+            yield from walk(path, ignored, seen)
+        elif path.is_file() and path.name[0] != ".":
+            yield path
+        else:
+            ignored.append(path)
+
+
+def fingerprint(files) -> str:
+    """A hash of contents: an edit may keep a file's size, and a copy changes its time."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name!r} {path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_name(domain: str, taken: dict[str, str]) -> str:
+    """A domain's own folder, even where upper and lower case are one; adds it to those taken."""
+    name = plain = clean(domain)
+    for n in count(2):
+        if taken.setdefault(name.casefold(), domain) == domain:
+            return name
+        name = f"{plain}_{n}"
+
+
+def clean(name: str) -> str:
+    """A name that every system takes for a folder's, and that fits a list separated by commas."""
+    name = unicodedata.normalize("NFC", name.encode(errors="replace").decode())
+    name = re.sub(r'[\x00-\x1f\x7f/\\,:*?"<>|]', "_", name).encode()[:100].decode(errors="ignore")
+    name = name.strip(". ") or "unknown"
+    return f"{name}_" if re.fullmatch(RESERVED, name) else name
+
+
+# --------------------------------------------------------------------------------------------------
+# what is read there: (domain, text) of each document
+
+
+def read_text(path: str | Path) -> str:
+    """A whole text file. ValueError names the file, what is wrong with it and what to do."""
+    return "".join(lines(path))
+
+
+def lines(path: str | Path, most: int = -1):
+    """The lines of a text file, gzipped or not, cut where they are longer than `most` characters.
+
+    Raises as `read_text`: what a file is, is known from its content, and the same for all of it.
+    """
+    try:
+        with open(path, "rb") as raw:
+            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
+            start = file.peek(4)
+            encoding = next((MARKS[mark] for mark in MARKS if start.startswith(mark)), "utf-8")
+            text = io.TextIOWrapper(file, encoding)
+            while line := text.readline(most):
+                if "\0" in line:
+                    raise ValueError("it has NULs, so it is no UTF-8 text: convert or remove it")
+                yield line
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if isinstance(error, UnicodeError):
+            error = f"it is not {encoding}: convert it, as by iconv -f latin1 -t utf-8"
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def is_text(path: Path, most: int | None = None) -> bool:
+    """Whether `lines` can read the file, or `most` lines of it."""
+    try:
+        return path.suffix.lower() != ".json" and all(islice(lines(path, 2**13), most))
+    except ValueError:
+        return False
 
 
 def read_documents(stream: str, places: list, args):
     """(domain, text) of each document; text is None if its record has none."""
+    taken, wanted = {}, {args.text_field: str} | ({} if stream else {args.domain_field: NAMES})
     for place in places:
-        for record in read_records(place):
-            domain = stream or clean(string_at(args.domain_field, record) or "")
-            text = record if isinstance(record, str) else string_at(args.text_field, record)
+        records, first = read_records(place, args.text_field), []
+        for record in islice(records, 1000):
+            first.append(record)
+            if None not in [string_at(field, record, wanted[field]) for field in wanted]:
+                break
+        else:
+            if first:
+                few = (
+                    f"none of {len(first)} records has {' and '.join(wanted)}, as {first[0]!r:.99}"
+                )
+                raise ValueError(f"{place}: {few}: name other fields, or put one record on a line")
+        for record in chain(first, records):
+            named = stream or string_at(args.domain_field, record, NAMES) or ""
+            text = string_at(args.text_field, record, str)
             if text is None or text.strip():
-                yield domain, text
+                text = text and re.sub("\r\n?", "\n", text.removeprefix("\ufeff"))
+                yield stream or folder_name(named, taken), text
 
 
-def read_records(place: Path | str | list[str]):
-    """Texts as strings, lines of JSON as bytes, records of a dataset as dicts."""
+def read_records(place: Path | str | list[str], text_field: str):
+    """Records as dicts, or whatever else a line of JSON holds."""
+    known = isinstance(place, Path) and SUFFIX.search(place.name)
+    kind = known[1].lower() if known else "txt"
     try:
-        if isinstance(place, list):
-            yield from place
-        elif isinstance(place, str) or place.suffix == ".parquet":
+        if isinstance(place, str):
             from datasets import load_dataset
 
-            name, files = (place, None) if isinstance(place, str) else ("parquet", str(place))
-            yield from load_dataset(name, data_files=files, split="train", streaming=True)
-        elif ".jsonl" in place.suffixes:
-            with (gzip.open if place.suffix == ".gz" else open)(place, "rb") as file:
-                yield from filter(bytes.strip, file)
-        else:  # surrogateescape: a byte that is not UTF-8 spoils its document, not the whole file
-            with open(place, encoding="utf-8", errors="surrogateescape") as file:
-                yield from pieces(file)
-    except ImportError:
-        raise SystemExit("this source needs the datasets package: pip install datasets") from None
-    except Exception as error:  # files, the hub, the network, or another package
-        raise SystemExit(f"cannot read {place}: {error!r}: mend that and run this again") from None
+            yield from load_dataset(place, split="train", streaming=True)
+        elif kind == "parquet":  # not by datasets, to which [1] in a name is a pattern
+            from pyarrow.parquet import ParquetFile
+
+            with open(place, "rb") as file:
+                for batch in ParquetFile(file).iter_batches(1000):
+                    yield from batch.to_pylist()
+        elif kind == "txt":
+            texts = place if isinstance(place, list) else pieces(place)
+            yield from ({text_field: text} for text in texts)
+        else:
+            yield from map(parse, filter(str.strip, lines(place)))
+    except ImportError as error:
+        package = (error.name or "datasets").split(".")[0]
+        raise ValueError(f"{place} needs {package}: pip install {package}") from None
+    except (ValueError, OSError):
+        raise  # these say what is wrong
+    except Exception as error:  # the hub, the network, or another package
+        raise ValueError(f"cannot read {place}: {error!r}: mend that and run this again") from None
 
 
-def string_at(field: str, record: bytes | dict) -> str | None:
-    """The string at 'a.b' of a record, or of a line of JSON; None if it has none."""
+def parse(line: str):
     try:
-        value = json.loads(record) if isinstance(record, bytes) else record
-        for key in field.split("."):
-            value = value[key]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return json.loads(line.strip("\ufeff"))
+    except (ValueError, RecursionError):
+        return line
+
+
+def string_at(field: str, record, kinds) -> str | None:
+    """What a record has in a field of this name, or at 'a.b'; None if that is of no such kind."""
+    try:
+        for key in [field] if field in record else field.split("."):
+            record = record[key]
+    except (KeyError, TypeError):
         return None
-    return value if isinstance(value, str) else None
+    return str(record) if isinstance(record, kinds) else None
 
 
-def pieces(file):
-    """The documents of a text file, cut where they are longer than a piece."""
+def pieces(path: Path):
+    """The documents of a text file, cut at line ends where they are longer than a piece."""
     piece = ""
-    while line := file.readline(MAX_PIECE):
+    for line in lines(path, MAX_PIECE):
         ends = line.strip() == EOT
         if ends or len(piece) + len(line) > MAX_PIECE:
             yield piece
             piece = ""
         piece += "" if ends else line
     yield piece
-
-
-def clean(domain: str) -> str:
-    """The name as one of a folder, and of a list separated by commas."""
-    return re.sub(r"[/\\,]", "_", domain).strip(". ") or "unknown"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,49 +382,57 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     return encoding
 
 
-def begin(root: Path, command: dict, overwrite: bool) -> dict:
+def begin(root: Path, command: dict, texts: dict, encoding, overwrite: bool) -> dict:
     """What is in meta.json, as far as this command has come; refuses what another one made."""
-    encoding = get_tokenizer(command["tokenizer"])
     made = [path for path in (root / "meta.json", root / "progress.json") if path.exists()]
     if made and not overwrite:
-        meta = json.loads(made[0].read_bytes())
+        meta, remedy = read_meta(made[0]), "--overwrite, or another --name"
         if meta.get("command") != command:
-            raise SystemExit(f"{root} is of other text or options: --overwrite, or another --name")
+            raise ValueError(f"{root} is of other text or options: {remedy}")
+        done = meta.setdefault("texts", {})
+        asked = done if "seen" in meta else done | texts  # what is not yet done may be mended
+        changed = [stream for stream in asked if done.get(stream) != texts.get(stream)]
+        if changed:
+            raise ValueError(f"the text of {changed[0]!r} has changed since: {remedy}")
         return meta
-    if not made and any(path.suffix != ".tmp" for path in root.glob("*")):
-        raise SystemExit(f"{root} holds something else: choose another --name")
     meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
-    meta |= {"command": command, "domains": {}, "finished": [], "seen": []}
-    root.mkdir(parents=True, exist_ok=True)
+    meta |= {"command": command, "domains": {}, "texts": {}, "seen": []}
     write(root / "progress.json", json.dumps(meta).encode())
     (root / "meta.json").unlink(missing_ok=True)
     return meta
 
 
-def make_domains(root: Path, meta: dict, streams: dict[str, list], args):
+def remove_unfinished(root: Path, meta: dict):
+    """What a run leaves that was stopped, and what is overwritten."""
+    for path in [*root.glob("*.tmp"), *root.glob("*/*.bin"), *root.glob("*/*.tmp")]:
+        if path.suffix == ".tmp" or path.parent.name not in meta["domains"]:
+            path.unlink()
+
+
+def make_domains(root: Path, meta: dict, streams: dict, texts: dict, encoding, args):
     """Adds the domains that `meta` lacks, and saves it after each stream."""
-    for path in [*root.glob("*/*.bin"), *root.glob("*/*.tmp")]:
-        if path.parent.name not in meta["domains"]:
-            path.unlink()  # of a run that was stopped, or of what is overwritten
-    encoding, seen = get_tokenizer(meta["tokenizer"]), set(meta["seen"])
+    remove_unfinished(root, meta)
+    seen = set(meta["seen"])
     roles = ROLES if meta["command"]["source"] in ("local", "common_pile") else {}
-    for name in [name for name in streams if name not in meta["finished"]]:
+    for name in [name for name in streams if name not in meta["texts"]]:
         documents = tqdm(read_documents(name, streams[name], args), name, disable=None)
         entries = write_ids(root, name, iter(documents), seen, encoding, args.max_tokens)
         for domain, entry in entries.items():
-            if not entry["tokens"]:
-                print(f"{domain} is left out, it has no text: {dict(entry['skipped'])}")
+            shards = write_shards(root, domain, encoding) if entry["tokens"] else None
+            if not shards:
+                few = f"{entry['tokens']} tokens are too few for train and val"
+                print(f"{domain} is left out, its {few}, skipped: {dict(entry['skipped'])}")
                 continue
-            entry |= write_shards(root, domain, encoding)
-            meta["domains"][domain] = entry | {"role": roles.get(domain, "train")}
-        meta["finished"].append(name)
+            meta["domains"][domain] = entry | shards | {"role": roles.get(domain, "train")}
+        if not entries:
+            print(f"{name} is left out: it is empty")
+        meta["texts"][name] = texts[name]
         meta["seen"] = list(seen)
         write(root / "progress.json", json.dumps(meta).encode())
     if not meta["domains"]:
         (root / "progress.json").unlink()
-        folder = "a folder of text (subfolders, *.txt, *.jsonl, *.jsonl.gz, *.parquet)"
-        remedy = f"give local, common_pile, {folder}, or the right --text_field"
-        raise SystemExit(f"no text in {args.hf or args.source}: {remedy}")
+        remedy = "give a folder or file of text: *.txt, *.parquet, *.jsonl with a record a line"
+        raise ValueError(f"no text in {args.hf or args.source}: {remedy}")
 
 
 def write_ids(root: Path, name: str, documents, seen: set[str], encoding, most: float) -> dict:
@@ -309,13 +464,15 @@ def write_ids(root: Path, name: str, documents, seen: set[str], encoding, most: 
     return entries
 
 
-def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict:
-    """Shares a domain's ids out to train and val, and returns what meta.json says of both.
+def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict | None:
+    """Shares a domain's ids out to train and val; what meta.json says of both, None if too few.
 
     Val begins at the start of a document, the nearest in the last half. If there is none, the last
     document is cut.
     """
     ids, eot = np.memmap(root / domain / "ids.tmp", np.uint16, "r"), encoding.eot_token
+    if len(ids) < 3:
+        return None
     end = max(int(0.9 * len(ids)), len(ids) - VAL_TOKENS)
     first = max(end - VAL_TOKENS, len(ids) // 2 + 1)
     starts = first + np.flatnonzero(ids[first:] == eot)
@@ -324,6 +481,8 @@ def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict:
     while encoding.decode_single_token_bytes(int(ids[end]))[0] >> 6 == 0b10:
         end -= 1  # such a byte continues a character
     val = ids[end:] if len(starts) else np.append(ids[:1], ids[end:])
+    if min(end, len(val)) < 2:  # not even one token, and what follows it
+        return None
     entry = {"documents": Counter(), "tokens": Counter(), "shards": defaultdict(dict)}
     for split, part in (("train", ids[:end]), ("val", val)):
         for start in range(0, len(part), SHARD_TOKENS):
@@ -351,4 +510,5 @@ def write(path: Path, content: bytes):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every name
     main()
