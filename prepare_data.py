@@ -38,6 +38,7 @@ SHARD_TOKENS = 100_000_000  # 200 MB a file
 VAL_TOKENS = 10_000_000  # val is the last tenth of a domain, and about so much at most
 MAX_PIECE = 2**18  # characters; text that is longer is cut at line ends, to keep memory flat
 EOT = "<|endoftext|>"
+REMEDY = "give local, common_pile, or text: *.txt, *.parquet, *.jsonl with a record a line, folders"
 NAMES = (str, int, float)  # what may name a domain
 SUFFIX = re.compile(r"\.(txt|jsonl|jsonl\.gz|ndjson|parquet)$", re.IGNORECASE)
 RESERVED = r"(?i)(meta|progress)\.(json|tmp)|con|prn|aux|nul|com\d|lpt\d"  # by us, and by Windows
@@ -108,13 +109,12 @@ def prepare(args):
         streams = find_local(args.max_mb * 1e6)
     else:
         streams, source = find_files(path), "files"
+    folder = args.hf and path.is_dir()
+    files = streams if source == "files" else {s: walk(path, [], set()) for s in streams if folder}
     texts = dict.fromkeys(streams)  # {stream: what changes with its text, if that is known}
-    if source == "files" or (args.hf and path.is_dir()):
-        for stream in tqdm(texts, "changes", disable=None):
-            files = streams[stream] if source == "files" else walk(path, [], set())
-            texts[stream] = fingerprint(files)
+    texts |= {s: fingerprint(files[s]) for s in tqdm(files, "changes", disable=None)}
     if "" not in streams:  # a typo is found before the work is done
-        give_roles({d: {"role": "train"} for d in streams or [source]}, args)
+        give_roles({d: {"role": "train"} for d in streams}, args)
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"text_field": args.text_field, "domain_field": args.domain_field}
     command |= {"max_tokens": args.max_tokens, "max_mb": args.max_mb}
@@ -190,7 +190,7 @@ def find_local(most: float) -> dict[str, list]:
 def find_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each domain. In a subfolder any text will do, but JSON's syntax is none."""
     if not folder.exists():
-        raise ValueError(f"there is no {folder}: give local, common_pile, a folder or a file")
+        raise ValueError(f"there is no {folder}: {REMEDY}")
     found, ignored, taken = defaultdict(list), [], {}
     for path in [folder] if folder.is_file() else walk(folder, ignored, {folder.resolve()}):
         parts, known = path.relative_to(folder).parts, SUFFIX.search(path.name)
@@ -201,6 +201,8 @@ def find_files(folder: Path) -> dict[str, list[Path]]:
             ignored.append(path)
     if ignored:
         print(f"ignored {len(ignored)}, as hidden, no text, or seen before:", *ignored[:9])
+    if not found:
+        raise ValueError(f"no text in {folder}: {REMEDY}")
     return found
 
 
@@ -266,11 +268,11 @@ def lines(path: str | Path, most: int = -1):
             text = io.TextIOWrapper(file, encoding)
             while line := text.readline(most):
                 if "\0" in line:
-                    raise ValueError("it has NULs, so it is no UTF-8 text: convert or remove it")
+                    raise ValueError("it has NULs, so it is no UTF-8: convert or remove it")
                 yield line
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         if isinstance(error, UnicodeError):
-            error = f"it is not {encoding}: convert it, as by iconv -f latin1 -t utf-8"
+            error = f"not {encoding}, {error.reason}: convert it, as by iconv -f latin1 -t utf-8"
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
@@ -308,30 +310,32 @@ def read_documents(stream: str, places: list, args):
 def read_records(place: Path | str | list[str], text_field: str):
     """Records as dicts, or whatever else a line of JSON holds."""
     known = isinstance(place, Path) and SUFFIX.search(place.name)
-    kind = known[1].lower() if known else "txt"
-    try:
-        if isinstance(place, str):
-            from datasets import load_dataset
+    kind = known[1].lower() if known else "hub" if isinstance(place, str) else "txt"
+    if kind == "txt":
+        texts = place if isinstance(place, list) else pieces(place)
+        yield from ({text_field: text} for text in texts)
+    elif kind in ("hub", "parquet"):
+        try:
+            yield from read_table(place)
+        except ImportError as error:
+            raise ValueError(f"this source needs {error.name}: pip install {error.name}") from None
+        except Exception as error:  # files, the hub, the network, or another package
+            raise ValueError(f"cannot read {place}: {error!r}: mend that, run this again") from None
+    else:
+        yield from map(parse, filter(str.strip, lines(place)))
 
-            yield from load_dataset(place, split="train", streaming=True)
-        elif kind == "parquet":  # not by datasets, to which [1] in a name is a pattern
-            from pyarrow.parquet import ParquetFile
 
-            with open(place, "rb") as file:
-                for batch in ParquetFile(file).iter_batches(1000):
-                    yield from batch.to_pylist()
-        elif kind == "txt":
-            texts = place if isinstance(place, list) else pieces(place)
-            yield from ({text_field: text} for text in texts)
-        else:
-            yield from map(parse, filter(str.strip, lines(place)))
-    except ImportError as error:
-        package = (error.name or "datasets").split(".")[0]
-        raise ValueError(f"{place} needs {package}: pip install {package}") from None
-    except (ValueError, OSError):
-        raise  # these say what is wrong
-    except Exception as error:  # the hub, the network, or another package
-        raise ValueError(f"cannot read {place}: {error!r}: mend that and run this again") from None
+def read_table(place: Path | str):
+    if isinstance(place, str):
+        from datasets import load_dataset
+
+        yield from load_dataset(place, split="train", streaming=True)
+        return
+    from pyarrow.parquet import ParquetFile  # to datasets, [1] in a file's name is a pattern
+
+    with open(place, "rb") as file:
+        for batch in ParquetFile(file).iter_batches(1000):
+            yield from batch.to_pylist()
 
 
 def parse(line: str):
@@ -431,8 +435,7 @@ def make_domains(root: Path, meta: dict, streams: dict, texts: dict, encoding, a
         write(root / "progress.json", json.dumps(meta).encode())
     if not meta["domains"]:
         (root / "progress.json").unlink()
-        remedy = "give a folder or file of text: *.txt, *.parquet, *.jsonl with a record a line"
-        raise ValueError(f"no text in {args.hf or args.source}: {remedy}")
+        raise ValueError(f"no text in {args.hf or args.source}: {REMEDY}")
 
 
 def write_ids(root: Path, name: str, documents, seen: set[str], encoding, most: float) -> dict:

@@ -1104,11 +1104,11 @@ def test_a_user_s_mistake_names_the_remedy(prepare, tmp_path, monkeypatch):
         ("text", "--max_tokens=500", "made", "--overwrite, or another --name"),
         ("local", "--tune=", "made", "--overwrite, or another --name"),
         ("text", "--tune=", "text", "something else: choose another --name"),
-        ("empty", "--tune=", "cut", "no text in .*empty: give a folder or file of text"),
+        ("empty", "--tune=", "new", "no text in .*empty: give local, common_pile, or text"),
         ("cut.jsonl.gz", "--tune=", "cut", r"cannot read .*cut\.jsonl\.gz: .* ended before"),
         ("fields.jsonl", "--tune=", "cut", r"fields.jsonl: none of 2 records has text, .*'body'"),
         ("array.jsonl", "--tune=", "cut", r"array.jsonl: none of 5 records has text, .*'\["),
-        ("latin.txt", "--tune=", "cut", r"latin.txt: it is not utf-8: convert it.*iconv"),
+        ("latin.txt", "--tune=", "cut", r"latin.txt: not utf-8, .*: convert it.*iconv"),
         ("nul.txt", "--tune=", "cut", r"nul.txt: it has NULs"),
         ("array.json", "--tune=", "cut", r"no text in .*array.json: .* with a record a line"),
     ):
@@ -1190,7 +1190,7 @@ def test_names_never_merge_domains_nor_leave_the_folder_of_the_dataset(prepare, 
         "e\u0301",
         "é" * 99,
     ]
-    made = prepare({f"{name}/text": f"text of {name}" for name in names} | {"x/y": "text"})
+    made = prepare({f"{name}/text": f"text of {name}" for name in names} | {"x/y.txt": "text"})
     domains = domains_of(made)
     assert len(domains) == len(names) + 1 == len({d.casefold() for d in domains})
     assert {"News", "news_2", "con_", "meta.json_", "🙂", "é"} < domains.keys()
