@@ -39,7 +39,6 @@ VAL_TOKENS = 10_000_000  # val is the last tenth of a domain, and about so much 
 MAX_PIECE = 2**18  # characters; text that is longer is cut at line ends, to keep memory flat
 EOT = "<|endoftext|>"
 REMEDY = "give local, common_pile, or text: *.txt, *.parquet, *.jsonl with a record a line, folders"
-NAMES = (str, int, float)  # what may name a domain
 SUFFIX = re.compile(r"\.(txt|jsonl|jsonl\.gz|ndjson|parquet)$", re.IGNORECASE)
 RESERVED = r"(?i)(meta|progress)\.(json|tmp)|con|prn|aux|nul|com\d|lpt\d"  # by us, and by Windows
 MARKS = {
@@ -108,9 +107,9 @@ def prepare(args):
     elif source == "local":
         streams = find_local(args.max_mb * 1e6)
     else:
-        streams, source = find_files(path), "files"
+        streams, source = find_files(path), None
     folder = args.hf and path.is_dir()
-    files = streams if source == "files" else {s: walk(path, [], set()) for s in streams if folder}
+    files = streams if source is None else {s: walk(path, [], set()) for s in streams if folder}
     texts = dict.fromkeys(streams)  # {stream: what changes with its text, if that is known}
     texts |= {s: fingerprint(files[s]) for s in tqdm(files, "changes", disable=None)}
     if "" not in streams:  # a typo is found before the work is done
@@ -286,73 +285,60 @@ def is_text(path: Path, most: int | None = None) -> bool:
 
 def read_documents(stream: str, places: list, args):
     """(domain, text) of each document; text is None if its record has none."""
-    taken, wanted = {}, {args.text_field: str} | ({} if stream else {args.domain_field: NAMES})
+    taken, fields = {}, [args.text_field] + ([] if stream else [args.domain_field])
     for place in places:
         records, first = read_records(place, args.text_field), []
         for record in islice(records, 1000):
             first.append(record)
-            if None not in [string_at(field, record, wanted[field]) for field in wanted]:
+            if None not in [string_at(field, record) for field in fields]:
                 break
         else:
             if first:
-                few = (
-                    f"none of {len(first)} records has {' and '.join(wanted)}, as {first[0]!r:.99}"
-                )
-                raise ValueError(f"{place}: {few}: name other fields, or put one record on a line")
+                few = f"none of {len(first)} records has {' and '.join(fields)}"
+                remedy = "name other fields, or put one record on a line"
+                raise ValueError(f"{place}: {few}, as {first[0]!r:.99}: {remedy}")
         for record in chain(first, records):
-            named = stream or string_at(args.domain_field, record, NAMES) or ""
-            text = string_at(args.text_field, record, str)
+            domain = stream or folder_name(string_at(args.domain_field, record) or "", taken)
+            text = string_at(args.text_field, record)
             if text is None or text.strip():
-                text = text and re.sub("\r\n?", "\n", text.removeprefix("\ufeff"))
-                yield stream or folder_name(named, taken), text
+                yield domain, text and re.sub("\r\n?", "\n", text.removeprefix("\ufeff"))
 
 
 def read_records(place: Path | str | list[str], text_field: str):
-    """Records as dicts, or whatever else a line of JSON holds."""
+    """Records as dicts, or as lines of JSON."""
     known = isinstance(place, Path) and SUFFIX.search(place.name)
     kind = known[1].lower() if known else "hub" if isinstance(place, str) else "txt"
     if kind == "txt":
         texts = place if isinstance(place, list) else pieces(place)
         yield from ({text_field: text} for text in texts)
-    elif kind in ("hub", "parquet"):
-        try:
-            yield from read_table(place)
-        except ImportError as error:
-            raise ValueError(f"this source needs {error.name}: pip install {error.name}") from None
-        except Exception as error:  # files, the hub, the network, or another package
-            raise ValueError(f"cannot read {place}: {error!r}: mend that, run this again") from None
-    else:
-        yield from map(parse, filter(str.strip, lines(place)))
-
-
-def read_table(place: Path | str):
-    if isinstance(place, str):
-        from datasets import load_dataset
-
-        yield from load_dataset(place, split="train", streaming=True)
-        return
-    from pyarrow.parquet import ParquetFile  # to datasets, [1] in a file's name is a pattern
-
-    with open(place, "rb") as file:
-        for batch in ParquetFile(file).iter_batches(1000):
-            yield from batch.to_pylist()
-
-
-def parse(line: str):
+    elif kind not in ("hub", "parquet"):
+        yield from filter(str.strip, lines(place))
     try:
-        return json.loads(line.strip("\ufeff"))
-    except (ValueError, RecursionError):
-        return line
+        if kind == "hub":
+            from datasets import load_dataset
+
+            yield from load_dataset(place, split="train", streaming=True)
+        elif kind == "parquet":
+            from pyarrow.parquet import ParquetFile  # to datasets, [1] in a name is a pattern
+
+            with open(place, "rb") as file:
+                for batch in ParquetFile(file).iter_batches(1000):
+                    yield from batch.to_pylist()
+    except ImportError as error:
+        raise ValueError(f"this source needs {error.name}: pip install {error.name}") from None
+    except Exception as error:  # the hub, the network, or another package
+        raise ValueError(f"cannot read {place}: {error!r}: mend that, run this again") from None
 
 
-def string_at(field: str, record, kinds) -> str | None:
-    """What a record has in a field of this name, or at 'a.b'; None if that is of no such kind."""
+def string_at(field: str, record: str | dict) -> str | None:
+    """The string or number in a field of this name, or at 'a.b'; None if there is none."""
     try:
-        for key in [field] if field in record else field.split("."):
-            record = record[key]
-    except (KeyError, TypeError):
+        value = json.loads(record.strip("\ufeff")) if isinstance(record, str) else record
+        for key in [field] if field in value else field.split("."):
+            value = value[key]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return str(record) if isinstance(record, kinds) else None
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 def pieces(path: Path):

@@ -1106,7 +1106,7 @@ def test_a_user_s_mistake_names_the_remedy(prepare, tmp_path, monkeypatch):
         ("text", "--tune=", "text", "something else: choose another --name"),
         ("empty", "--tune=", "new", "no text in .*empty: give local, common_pile, or text"),
         ("cut.jsonl.gz", "--tune=", "cut", r"cannot read .*cut\.jsonl\.gz: .* ended before"),
-        ("fields.jsonl", "--tune=", "cut", r"fields.jsonl: none of 2 records has text, .*'body'"),
+        ("fields.jsonl", "--tune=", "cut", r"fields.jsonl: none of 2 records has text, .*body"),
         ("array.jsonl", "--tune=", "cut", r"array.jsonl: none of 5 records has text, .*'\["),
         ("latin.txt", "--tune=", "cut", r"latin.txt: not utf-8, .*: convert it.*iconv"),
         ("nul.txt", "--tune=", "cut", r"nul.txt: it has NULs"),
