@@ -1038,6 +1038,13 @@ def test_a_long_text_is_cut_at_line_ends_and_never_within_a_character(prepare, m
     [train], [val] = documents_of(made, "signs")  # one document still gives both splits
     assert train + val == signs and 0.05 < len(val) / len(train) < 0.2
     assert domains_of(made)["signs"]["documents"] == {"train": 1, "val": 1}
+    texts, encoding = ["", signs + lines, "short"], prepare_data.get_tokenizer("bytes")
+    encode_batch, given = encoding.encode_ordinary_batch, []
+    monkeypatch.setattr(
+        encoding, "encode_ordinary_batch", lambda t: given.extend(t) or encode_batch(t)
+    )
+    assert [encoding.decode(ids) for ids in prepare_data.encode(texts, encoding)] == texts
+    assert max(map(len, given)) == 100  # tiktoken overflows at a million blanks
 
 
 def test_roles_stay_until_it_is_said_otherwise_and_change_no_shard(prepare):
