@@ -34,8 +34,9 @@ import run
 from maml import MAML, adamw, read_passages
 from model import GPT
 from plot import WORDS, fewer_examples
-from prepare_data import get_tokenizer
+from prepare_data import encode, get_tokenizer
 from tasks import Dataset, batch
+from text import read_text
 
 RULES = ("none", "adamw", "dynamic", "own", "safe")
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
@@ -252,7 +253,7 @@ def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, di
 
 def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
     """A file as one passage, x and y (1, R, T), less the tokens that fill no row at its end."""
-    ids = np.array(tokenizer.encode_ordinary(Path(text).read_text(encoding="utf-8")))
+    ids = np.array(encode([read_text(text)], tokenizer)[0])
     if ids.max(initial=0) >= model.config.vocab_size:
         few = f"the checkpoint knows {model.config.vocab_size} ids, too few for {tokenizer.name}"
         raise ValueError(f"{few}: use one that was trained on its tokens")
@@ -272,14 +273,14 @@ def statistics(args, ckpt: dict, model: GPT):
     if "dataset" in ckpt:
         cfg = ckpt["config"]
         root = Path(args.data_dir or cfg["data_dir"], cfg["dataset"])
-        x, y = Dataset(root, T, STATISTICS, 1).task(0, 0)
-    else:
-        from pydoc_data.topics import topics
+        data = Dataset(root, T, batch_size=1, tasks_per_step=STATISTICS)
+        return [[t.to(device) for t in data.task(0, i)] for i in range(STATISTICS)]
+    from pydoc_data.topics import topics
 
-        ids = get_tokenizer(run.tokenizer_of(ckpt)).encode_ordinary("\n".join(topics.values()))
-        T = min(T, 256)
-        rows = np.lib.stride_tricks.sliding_window_view(np.array(ids), T + 1)[::T]
-        x, y = batch(rows[:: -(-len(rows) // (STATISTICS // 8))])
+    T, manual = min(T, 256), "\n".join(topics.values())
+    ids = np.array(encode([manual], get_tokenizer(run.tokenizer_of(ckpt)))[0])
+    rows = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::T]
+    x, y = batch(rows[:: -(-len(rows) // (STATISTICS // 8))])
     return list(zip(x.to(device).split(1), y.to(device).split(1), strict=True))
 
 

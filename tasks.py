@@ -195,7 +195,3 @@ def batch(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., T + 1) ids -> inputs and next-token targets (..., T)."""
     ids = torch.from_numpy(rows.astype(np.int64))
     return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
-
-
-def lock(folder):
-    return None

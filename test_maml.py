@@ -650,7 +650,16 @@ def test_reading_is_causal_and_side_by_side_as_one_at_a_time(optimizer, monkeypa
     assert not torch.isclose(together[:, 3:], after[:, 3:]).any()
 
 
-READ_256 = flags(passages=4, tokens=256)
+@pytest.fixture(scope="session", autouse=True)
+def small_grids():
+    """Searches for the best options take as long as those of a model of any size: fewer here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "CHOICES", {"adamw": {"steps": (1, 2)}, "dynamic": {"eps": (0.3,)}})
+        yield
+
+
+READ_256 = flags(passages=2, tokens=256)
+CHOICES = adapt.CHOICES
 READ_64 = flags(passages=2, tokens=64, rules="none")
 
 
@@ -703,12 +712,13 @@ def test_an_opponent_s_options_are_chosen_on_tune_domains_alone(
     assert len(searched) > 9 and all(torch.equal(x, tune[: len(x)]) for x in searched)
 
 
-def test_adamws_options_are_those_of_a_grid_at_rates_of_their_own(tmp_path):
+def test_adamws_options_are_those_of_a_grid_at_rates_of_their_own(tmp_path, monkeypatch):
     def valleys(options, most):  # frozen embeddings are best at a far higher rate than others
         best = 8e-3 if options["frozen"] else 5e-4
         far = abs(math.log2(options["lr"] / best)) + abs(options["steps"] - 2)
         return far - options["frozen"] + (options["beta2"] > 0.96)
 
+    monkeypatch.setattr(adapt, "CHOICES", CHOICES)
     best = {"lr": 8e-3, "steps": 2, "frozen": True, "beta2": 0.95}
     assert adapt.best_options("adamw", valleys) == best
     assert adapt.best_options("adamw", lambda *_: math.inf).keys() == best.keys()
@@ -722,8 +732,8 @@ def test_dynamic_evaluation_is_sgd_at_rates_by_squared_gradients_of_train_domain
     ckpt, model = run.load_checkpoint(trained / "plain")
     args = SimpleNamespace(data_dir=None)
     rows = adapt.statistics(args, ckpt, model)
-    data = tasks.Dataset(Path(ckpt["config"]["data_dir"], "tiny"), 16, adapt.STATISTICS)
-    assert torch.equal(torch.cat([x for x, _ in rows]), data.task(0, 0)[0])  # of train splits
+    data = tasks.Dataset(Path(ckpt["config"]["data_dir"], "tiny"), 16, 1, adapt.STATISTICS)
+    assert all(torch.equal(row[0], data.task(0, i)[0]) for i, row in enumerate(rows))
     reader, (x, y) = adapt.Reader(ckpt, model, lambda: rows[:4]), task(1, 3, 16, vocab=200)
     losses, phi = reader.read("dynamic", x, y, lr=0.01, eps=0.5, decay=0.1)
     theta = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -1051,12 +1061,11 @@ def test_a_run_of_which_one_file_is_gone_is_not_replaced(pretrain, gone):
     assert len(log_of(out)["adapt"]) == 0  # and what another model read is not its own
 
 
-def test_processes_that_do_not_divide_the_tasks_are_told_the_flags_that_do(pretrain, monkeypatch):
+@pytest.mark.parametrize("method", [dict(tasks_per_step=3), RECIPE | dict(plain_tasks_per_step=1)])
+def test_processes_that_do_not_divide_the_tasks_refuse_to_start(pretrain, monkeypatch, method):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused(match="--tasks_per_step=2 --batch_size=2 is as much"):
-        pretrain(**PLAIN, tasks_per_step=1)
-    with refused(match="2 processes cannot share tasks_per_step=1 out: change either"):
-        pretrain(tasks_per_step=1)
+    with refused(match=r"2 processes cannot share \[.*\] tasks a step out"):
+        pretrain(**method)
 
 
 def test_config_files_are_checked_like_flags_and_help_names_every_field(tmp_path, capsys):
