@@ -267,14 +267,14 @@ def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
 def statistics(args, ckpt: dict, model: GPT):
     """Rows ((1, T), (1, T)) on which squared gradients are measured: of the train domains.
 
-    Where a checkpoint does not say what it was trained on, of the manual that comes with Python.
+    Where these are not at hand, of the manual that comes with Python.
     """
     T, device = model.config.block_size, next(model.parameters()).device
-    if "dataset" in ckpt:
-        cfg = ckpt["config"]
-        root = Path(args.data_dir or cfg["data_dir"], cfg["dataset"])
-        data = Dataset(root, T, batch_size=1, tasks_per_step=STATISTICS)
-        return [[t.to(device) for t in data.task(0, i)] for i in range(STATISTICS)]
+    cfg = ckpt.get("config", {})
+    for data_dir in (args.data_dir, cfg.get("data_dir")):
+        if data_dir and Path(data_dir, cfg["dataset"], "meta.json").is_file():
+            data = Dataset(Path(data_dir, cfg["dataset"]), T, tasks_per_step=STATISTICS)
+            return [[t.to(device) for t in data.task(0, i)] for i in range(STATISTICS)]
     from pydoc_data.topics import topics
 
     T, manual = min(T, 256), "\n".join(topics.values())

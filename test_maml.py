@@ -658,7 +658,7 @@ def small_grids():
         yield
 
 
-READ_256 = flags(passages=2, tokens=256)
+READ_256 = flags(passages=4, tokens=256)
 CHOICES = adapt.CHOICES
 READ_64 = flags(passages=2, tokens=64, rules="none")
 
@@ -709,7 +709,7 @@ def test_an_opponent_s_options_are_chosen_on_tune_domains_alone(
     monkeypatch.setattr(adapt.Reader, "read", reading)
     adapt.main([str(trained / "plain"), *flags(passages=2, tokens=64, rules=rule)])
     *searched, _, _ = seen  # the last two are tune and far, by what was chosen
-    assert len(searched) > 9 and all(torch.equal(x, tune[: len(x)]) for x in searched)
+    assert len(searched) > 4 and all(torch.equal(x, tune[: len(x)]) for x in searched)
 
 
 def test_adamws_options_are_those_of_a_grid_at_rates_of_their_own(tmp_path, monkeypatch):
@@ -761,9 +761,9 @@ def test_a_safe_reading_is_at_most_ln_2_nats_worse_than_the_better_of_both(hosti
         losses = np.random.default_rng(seed).exponential(2, (2, 3, 20))
         losses[seed % 2, :, seed % 20 :] += hostile
         found = adapt.mixture(losses, T).sum(-1)
-        best = np.nan_to_num(losses, nan=np.inf).sum(-1).min(0)
+        best = np.nan_to_num(losses, nan=np.inf, posinf=np.inf).sum(-1).min(0)
         assert (found <= best + math.log(2) / T + 1e-9).all() and np.isfinite(found).all()
-        likelihoods = np.exp(-T * np.nan_to_num(losses[:, 0, :2], nan=np.inf).sum(-1))
+        likelihoods = np.exp(-T * np.nan_to_num(losses[:, 0, :2], nan=99, posinf=99).sum(-1))
         assert np.isclose(
             T * adapt.mixture(losses[:, :1, :2], T).sum(), -np.log(likelihoods.mean())
         )
@@ -793,7 +793,7 @@ def test_frozen_embeddings_stay_and_the_rest_learns_in_as_many_steps_as_are_aske
 
 ODD = {
     "one character": "a" * 3000,
-    "random bytes": "".join(map(chr, np.random.default_rng(0).integers(0, 128, 3000))),
+    "random bytes": "".join(map(chr, np.random.default_rng(0).integers(1, 128, 3000))),
     "another alphabet": "Ξεσκεπάζω τὴν ψυχοφθόρα βδελυγμία. " * 60,
     "long": "It was the same text again, and again. " * 600,
 }
@@ -813,7 +813,8 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     notes, saved = flags(text=tmp_path / "notes.txt", max_new_tokens=20), tmp_path / "learned.pt"
     first = printed(adapt.main, trained / "maml", *notes, f"--save={saved}")
     assert first.count("own") >= 2 and "before:" in first and "after" in first
-    second = printed(adapt.main, saved, *notes)  # it knows the text now
+    rules = ["--rules", "none", "adamw", "safe"]
+    second = printed(adapt.main, saved, *notes, *rules)  # it knows the text now
     before, after = (float(re.search(r"^none +1 +(\S+)", t, re.M)[1]) for t in (first, second))
     assert after < before - 0.5
     assert "adamw is not tuned" in second and "fewer examples" not in second  # no log beside it
