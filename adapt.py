@@ -173,10 +173,11 @@ def adapt(args):
 
     options, chosen = {rule: {} for rule in rules}, {}
     for rule in [rule for rule in rules if rule in START]:
-        if tune:
+        if tune and not args.options_from:
             chosen[rule] = best_options(rule, partial(mean_loss, reader, rule, passages, tune))
         else:
-            chosen[rule] = logged_options(path.parent / "log.jsonl", rule)
+            log = Path(args.options_from or path.parent, "log.jsonl")
+            chosen[rule] = logged_options(log, rule)
         options[rule] = chosen[rule] or START[rule]
         if not chosen[rule]:
             print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
@@ -386,6 +387,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--data_dir", help="where the dataset is, if it was moved")
     parser.add_argument("--passages", type=int, default=16, help="of each domain")
     parser.add_argument("--tokens", type=int, help="of each passage; default: 4096 or more")
+    parser.add_argument("--options_from", help="a run whose tune domains chose adamw's, dynamic's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--text", help="a UTF-8 file to read instead")
     parser.add_argument("--save", help="where the parameters that have learned the text go")
