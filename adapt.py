@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -394,6 +395,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--prompt", default="\n", help="how the samples begin")
     parser.add_argument("--max_new_tokens", type=int, default=300)
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a sample may hold what the terminal does not know
+        sys.stdout.reconfigure(errors="replace")
     try:
         if min(args.tokens or 1, args.passages) < 1 or (args.save and not args.text):
             raise ValueError("--tokens and --passages must be positive, and --save needs --text")

@@ -826,6 +826,17 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     assert plot.read_log(trained / "maml") == rows
 
 
+def test_what_was_learned_is_kept_where_the_terminal_cannot_show_it(trained, tmp_path):
+    text = write(tmp_path, {"数學 🙂.txt": "the quick brown fox. " * 60}) / "数學 🙂.txt"
+    options = flags(text=text, prompt="é", max_new_tokens=5, save=tmp_path / "kept.pt")
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = execute(HERE / "adapt.py", trained / "maml", *options, env=ascii_only)
+    assert done.returncode == 0 and "after reading by 'safe'" in done.stdout, done.stderr
+    assert checkpoint_of(trained / "maml").keys() - torch.load(tmp_path / "kept.pt").keys() == {
+        "optimizer"
+    }
+
+
 def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
     ckpt, model = run.load_checkpoint(trained / "maml/ckpt.pt")
     ckpt["inner"]["rows"] = 8
@@ -1041,6 +1052,14 @@ def test_a_mistake_is_answered_with_its_remedy_and_harms_no_run(pretrain, wrong,
     with refused(match=re.escape(remedy)):
         pretrain(**wrong)
     identical((log_of(out), weights_of(out)), before)
+
+
+def test_a_run_that_another_process_writes_is_left_alone(pretrain):
+    out = pretrain(max_steps=1)
+    kept = {path: path.read_bytes() for path in out.iterdir()}
+    with tasks.lock(out), refused(match="another process writes to"):
+        pretrain(max_steps=2, init_from="resume")
+    assert kept == {path: path.read_bytes() for path in out.iterdir()}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
