@@ -33,8 +33,10 @@ from tqdm import tqdm
 import run
 from maml import MAML, adamw, read_passages
 from model import GPT
-from prepare_data import get_tokenizer
+from plot import WORDS, fewer_examples
+from prepare_data import encode, get_tokenizer
 from tasks import Dataset, batch
+from text import read_text
 
 RULES = ("none", "adamw", "dynamic", "own", "safe")
 EMBEDDINGS = ("transformer.wte.weight", "transformer.wpe.weight")
@@ -56,13 +58,24 @@ class Reader:
     def __init__(self, ckpt: dict, model: GPT, statistics):
         self.ckpt, self.model, self.statistics = ckpt, model, statistics
         self.own_rows = ckpt["inner"]["rows"] if ckpt.get("inner", {}).get("inner_steps") else None
-        self.mean_square = None
+        self.mean_square, self.last, self.last_x = None, {}, None
 
     def read(self, rule: str, x, y, **options):
         """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
 
         And the parameters that have learned the last passage, by name.
         """
+        if rule == "safe":  # most often both were just read
+            (own, phi), (none, _) = (
+                self.last[r] if r in self.last and self.last_x is x else self.read(r, x, y)
+                for r in ("own", "none")
+            )
+            return mixture(np.stack([own, none]), x.size(-1)), phi
+        self.last = self.last if self.last_x is x else {}
+        self.last_x, self.last[rule] = x, self.read_alone(rule, x, y, **options)
+        return self.last[rule]
+
+    def read_alone(self, rule: str, x, y, **options):
         device, rows = next(self.model.parameters()).device, 1
         x, y = x.to(device), y.to(device)
         if rule == "none":
@@ -70,9 +83,6 @@ class Reader:
                 each = zip(x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None], strict=True)
                 losses = torch.stack([self.model(*row)[1] for row in each])
             return losses.view(x.shape[:2]).cpu().numpy(), {}
-        if rule == "safe":
-            (own, phi), (none, _) = self.read("own", x, y), self.read("none", x, y)
-            return mixture(np.stack([own, none]), x.size(-1)), phi
         if rule == "own":
             learner = self.own()
             rows = min(self.own_rows, max(1, x.size(1) // 2))  # of a short text some is learned
@@ -105,9 +115,11 @@ class Reader:
             learner.log_inner_lr.copy_((lr / (rms + eps * rms.mean())).log())
         return learner
 
-    def forwards(self, rule: str, options: dict) -> int:
-        """The cost of reading a token: a forward, and two more for each gradient."""
-        return {"none": 1, "dynamic": 3, "own": 3, "safe": 4}.get(rule, 3 * options.get("steps", 1))
+
+def forwards(rule: str, options: dict) -> int:
+    """The cost of reading a token: a forward, and two more for each gradient."""
+    steps = options.get("steps", 1)
+    return {"none": 1, "safe": 4}.get(rule, 3 * steps)
 
 
 @torch.no_grad()
@@ -147,7 +159,8 @@ def adapt(args):
         raise ValueError(f"--save would overwrite {path}: choose another path")
     model.to(run.pick_device(args.device))
     reader = Reader(ckpt, model, partial(statistics, args, ckpt, model))
-    rules = args.rules or (RULES if reader.own_rows else RULES[:3])
+    usual = ("none", "own", "safe") if args.text else RULES
+    rules = args.rules or (usual if reader.own_rows else RULES[:3])
     if {"own", "safe"} & {*rules} and not reader.own_rows:
         raise ValueError(f"{path} has no inner loop of its own: leave 'own' and 'safe' out")
     if args.text:
@@ -168,10 +181,8 @@ def adapt(args):
         if not chosen[rule]:
             print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
     curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
-    bar = tqdm(
-        itertools.product(passages, rules), "reading", len(passages) * len(rules), disable=None
-    )
-    for name, rule in bar:
+    todo = [(name, rule) for name in passages for rule in rules]
+    for name, rule in tqdm(todo, "reading", disable=None):
         x, y = passages[name]
         losses, learned = reader.read(rule, x, y, **options[rule])  # (P, R)
         curves[name][rule] = losses.mean(0, dtype=float).round(4)
@@ -182,17 +193,20 @@ def adapt(args):
             row |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
             row |= {"domain": name, "role": "tune" if name in tune else "heldout", "rule": rule}
             row |= {"options": options[rule], "row_tokens": x.size(-1), "passages": len(x)}
-            row |= {"forwards": reader.forwards(rule, options[rule])}
-            row["loss"] = curves[name][rule].tolist()
+            row |= {"forwards": forwards(rule, options[rule]), "loss": curves[name][rule].tolist()}
             row["by_passage"] = losses.mean(1, dtype=float).round(4).tolist()
             run.append_row(path.parent, row)
-    costs = {rule: reader.forwards(rule, options[rule]) for rule in rules}
+    costs = {rule: forwards(rule, options[rule]) for rule in rules}
     for name in passages:
         table(name, curves[name], costs, *passages[name][0].shape[::2])
+    mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
+    P, T = sum(len(passages[name][0]) for name in heldout), passages[heldout[0]][0].size(-1)
     if len(heldout) > 1:
-        mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
-        P, T = sum(len(passages[name][0]) for name in heldout), passages[heldout[0]][0].size(-1)
         table("mean of " + ", ".join(heldout), mean, costs, P, T)
+    if tune and chosen and "own" in rules:
+        on_tune = {rule: np.mean([curves[name][rule].mean() for name in tune]) for rule in chosen}
+        best = min(on_tune, key=on_tune.get)
+        print(fewer_examples("own", mean["own"], mean[best], T, WORDS[best]))
     if args.text:
         show_text(args, ckpt, model, tokenizer, learned, rules[-1])
 
@@ -239,7 +253,7 @@ def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, di
 
 def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
     """A file as one passage, x and y (1, R, T), less the tokens that fill no row at its end."""
-    ids = np.array(tokenizer.encode_ordinary(Path(text).read_text(encoding="utf-8")))
+    ids = np.array(encode([read_text(text)], tokenizer)[0])
     if ids.max(initial=0) >= model.config.vocab_size:
         few = f"the checkpoint knows {model.config.vocab_size} ids, too few for {tokenizer.name}"
         raise ValueError(f"{few}: use one that was trained on its tokens")
@@ -259,14 +273,14 @@ def statistics(args, ckpt: dict, model: GPT):
     if "dataset" in ckpt:
         cfg = ckpt["config"]
         root = Path(args.data_dir or cfg["data_dir"], cfg["dataset"])
-        x, y = Dataset(root, T, STATISTICS, 1).task(0, 0)
-    else:
-        from pydoc_data.topics import topics
+        data = Dataset(root, T, batch_size=1, tasks_per_step=STATISTICS)
+        return [[t.to(device) for t in data.task(0, i)] for i in range(STATISTICS)]
+    from pydoc_data.topics import topics
 
-        ids = get_tokenizer(run.tokenizer_of(ckpt)).encode_ordinary("\n".join(topics.values()))
-        T = min(T, 256)
-        rows = np.lib.stride_tricks.sliding_window_view(np.array(ids), T + 1)[::T]
-        x, y = batch(rows[:: -(-len(rows) // (STATISTICS // 8))])
+    T, manual = min(T, 256), "\n".join(topics.values())
+    ids = np.array(encode([manual], get_tokenizer(run.tokenizer_of(ckpt)))[0])
+    rows = np.lib.stride_tricks.sliding_window_view(ids, T + 1)[::T]
+    x, y = batch(rows[:: -(-len(rows) // (STATISTICS // 8))])
     return list(zip(x.to(device).split(1), y.to(device).split(1), strict=True))
 
 

@@ -6,32 +6,43 @@
     python prepare_data.py --hf NAME --domain_field a.b    # any other one
 
 In a folder, each subfolder of text files is a domain, and so is each *.txt, *.jsonl, *.jsonl.gz and
-*.parquet beside them. data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version,
-count), then uint16 ids, the end-of-text id before each document. data/<name>/meta.json describes
-them and is written last. A run that was killed goes on when the same command is given again.
+*.parquet beside them. Text is UTF-8, or what its byte order mark says; a line ends in a line feed.
+data/<name>/<domain>/{train,val}_000000.bin: 256 int32 (magic, version, count), then uint16 ids, the
+end-of-text id before each document. data/<name>/meta.json describes them and is written last. A run
+that was killed goes on when the same command is given again.
 """
 
 import argparse
-import gzip
 import hashlib
 import importlib.util
 import json
 import os
 import re
+import sys
 from collections import Counter, defaultdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from tasks import HEADER_INTS, MAGIC, VERSION
+from tasks import HEADER_INTS, MAGIC, VERSION, lock, open_shard, read_meta
+from text import (
+    EOT,
+    MAX_PIECE,
+    REMEDY,
+    clean,
+    find_files,
+    fingerprint,
+    is_text,
+    read_documents,
+    read_text,  # noqa: F401
+    walk,
+)
 
 SHARD_TOKENS = 100_000_000  # 200 MB a file
 VAL_TOKENS = 10_000_000  # val is the last tenth of a domain, and about so much at most
-MAX_PIECE = 2**18  # characters; text that is longer is cut at line ends, to keep memory flat
-EOT = "<|endoftext|>"
 COMMON_PILE = """arxiv_abstracts arxiv_papers biodiversity_heritage_library caselaw_access_project
 cccc data_provenance_initiative doab foodista github_archive library_of_congress libretexts news
 oercommons peS2o pre_1929_books pressbooks project_gutenberg public_domain_review pubmed
@@ -67,15 +78,24 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="make the dataset anew")
     try:
         prepare(parser.parse_args(argv))
+    except ValueError as error:
+        raise SystemExit(f"prepare_data.py: {error}") from None
     except (OSError, KeyboardInterrupt) as error:
-        raise SystemExit(f"stopped by {error!r}: the same command goes on from here") from None
+        why = str(error) or "Ctrl-C"
+        raise SystemExit(f"stopped by {why}: the same command goes on from here") from None
 
 
 def prepare(args):
+    if not (args.max_tokens >= 0 and args.max_mb >= 0):
+        raise ValueError("--max_tokens and --max_mb must be 0 or more")
+    if (args.hf and args.source != "local") or (args.domain_field and not args.hf):
+        raise ValueError("--hf takes the place of a source, and --domain_field needs --hf")
     source = args.hf or args.source
     hub = args.hf or source == "common_pile"
     path = Path(source).resolve()
-    root = Path(args.data_dir, args.name or re.sub(r"\W", "_", path.name.split(".")[0]))
+    name = args.name or clean(re.sub(r"\W", "_", path.name.strip(".").split(".")[0]))
+    if name != clean(name):
+        raise ValueError(f"--name {name!r} cannot be a folder's: use {clean(name)!r}")
     if args.hf:  # a stream of many domains has no name
         streams = {"" if args.domain_field else clean(path.name): [args.hf]}
     elif hub:
@@ -83,22 +103,38 @@ def prepare(args):
     elif source == "local":
         streams = find_local(args.max_mb * 1e6)
     else:
-        streams = find_files(path)
-        source = {d: sum(file.stat().st_size for file in files) for d, files in streams.items()}
+        streams, source = find_files(path), None
+    folder = args.hf and path.is_dir()
+    files = streams if source is None else {s: walk(path, [], set()) for s in streams if folder}
+    texts = dict.fromkeys(streams)  # {stream: what changes with its text, if that is known}
+    texts |= {s: fingerprint(files[s]) for s in tqdm(files, "changes", disable=None)}
+    if "" not in streams:  # a typo is found before the work is done
+        give_roles({d: {"role": "train"} for d in streams}, args)
     command = {"source": source, "tokenizer": args.tokenizer or ("gpt2" if hub else "bytes")}
     command |= {"text_field": args.text_field, "domain_field": args.domain_field}
     command |= {"max_tokens": args.max_tokens, "max_mb": args.max_mb}
-    meta = begin(root, command, args.overwrite)
-    if "finished" in meta:
-        make_domains(root, meta, streams, args)
-        del meta["finished"], meta["seen"]
-    give_roles(meta["domains"], args)
-    write(root / "meta.json", json.dumps(meta, indent=1).encode())
-    (root / "progress.json").unlink(missing_ok=True)
+    encoding, root = get_tokenizer(command["tokenizer"]), Path(args.data_dir, name)
+    held = {path.name for path in root.glob("*") if path.suffix != ".tmp"} - {".lock"}
+    if held and not held & {"meta.json", "progress.json"}:
+        raise ValueError(f"{root} holds something else: choose another --name")
+    with lock(root):
+        meta = begin(root, command, texts, encoding, args.overwrite)
+        try:
+            if "seen" in meta:
+                make_domains(root, meta, streams, texts, encoding, args)
+                del meta["seen"]
+            give_roles(meta["domains"], args)
+            write(root / "meta.json", json.dumps(meta, indent=1).encode())
+            (root / "progress.json").unlink(missing_ok=True)
+        finally:  # when the disk is full, too
+            remove_unfinished(root, meta)
     for domain, entry in meta["domains"].items():
+        for shard in chain(*entry["shards"].values()):
+            open_shard(root / shard)  # one may be lost
         tokens = f"{sum(entry['tokens'].values()):,} tokens"
         print(f"{domain:30}{entry['role']:8}{tokens:>24}, skipped: {dict(entry['skipped'])}")
-    print(f"{root} is ready: python train.py config/baseline_demo.py --dataset={root.name}")
+    where = f"--dataset={name}" + f" --data_dir={args.data_dir}" * (args.data_dir != "data")
+    print(f"{root} is ready: python train.py config/baseline_demo.py {where}")
 
 
 def give_roles(domains: dict[str, dict], args):
@@ -111,14 +147,14 @@ def give_roles(domains: dict[str, dict], args):
                 entry["role"] = "train"
         for name in filter(None, map(str.strip, names.split(","))):
             if name not in domains:
-                raise SystemExit(f"no domain {name!r}: choose from {', '.join(sorted(domains))}")
+                raise ValueError(f"no domain {name!r}: choose from {', '.join(sorted(domains))}")
             domains[name]["role"] = role
     if all(entry["role"] != "train" for entry in domains.values()):
-        raise SystemExit("no domain is left to train on: name fewer with --heldout or --tune")
+        raise ValueError("no domain is left to train on: name fewer with --heldout or --tune")
 
 
 # --------------------------------------------------------------------------------------------------
-# text: {stream: the files, hub datasets or lists of texts that it is read from}
+# where text is: {stream: the files, hub datasets or lists of texts that it is read from}
 
 
 def find_local(most: float) -> dict[str, list]:
@@ -140,80 +176,10 @@ def find_local(most: float) -> dict[str, list]:
         files.sort(key=lambda path: hashlib.sha256(path.read_bytes()).digest())
         ends = np.cumsum([path.stat().st_size for path in files])
         del files[np.searchsorted(ends, most) + 1 :]
+        files[:] = filter(is_text, files)  # some packages test their readers with odd bytes
     from pydoc_data.topics import topics
 
     return dict(sorted(found.items())) | {"python_docs": [[topics[t] for t in sorted(topics)]]}
-
-
-def find_files(folder: Path) -> dict[str, list[Path]]:
-    found = defaultdict(list)
-    for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts or (path.name,)
-        match = re.fullmatch(r"(.+)\.(txt|jsonl|jsonl\.gz|parquet)", path.name)
-        domain = parts[0] if len(parts) > 1 else match and match[1]
-        if domain and path.is_file() and not any(part.startswith(".") for part in parts):
-            found[clean(domain)].append(path)
-    return found
-
-
-def read_documents(stream: str, places: list, args):
-    """(domain, text) of each document; text is None if its record has none."""
-    for place in places:
-        for record in read_records(place):
-            domain = stream or clean(string_at(args.domain_field, record) or "")
-            text = record if isinstance(record, str) else string_at(args.text_field, record)
-            if text is None or text.strip():
-                yield domain, text
-
-
-def read_records(place: Path | str | list[str]):
-    """Texts as strings, lines of JSON as bytes, records of a dataset as dicts."""
-    try:
-        if isinstance(place, list):
-            yield from place
-        elif isinstance(place, str) or place.suffix == ".parquet":
-            from datasets import load_dataset
-
-            name, files = (place, None) if isinstance(place, str) else ("parquet", str(place))
-            yield from load_dataset(name, data_files=files, split="train", streaming=True)
-        elif ".jsonl" in place.suffixes:
-            with (gzip.open if place.suffix == ".gz" else open)(place, "rb") as file:
-                yield from filter(bytes.strip, file)
-        else:  # surrogateescape: a byte that is not UTF-8 spoils its document, not the whole file
-            with open(place, encoding="utf-8", errors="surrogateescape") as file:
-                yield from pieces(file)
-    except ImportError:
-        raise SystemExit("this source needs the datasets package: pip install datasets") from None
-    except Exception as error:  # files, the hub, the network, or another package
-        raise SystemExit(f"cannot read {place}: {error!r}: mend that and run this again") from None
-
-
-def string_at(field: str, record: bytes | dict) -> str | None:
-    """The string at 'a.b' of a record, or of a line of JSON; None if it has none."""
-    try:
-        value = json.loads(record) if isinstance(record, bytes) else record
-        for key in field.split("."):
-            value = value[key]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return value if isinstance(value, str) else None
-
-
-def pieces(file):
-    """The documents of a text file, cut where they are longer than a piece."""
-    piece = ""
-    while line := file.readline(MAX_PIECE):
-        ends = line.strip() == EOT
-        if ends or len(piece) + len(line) > MAX_PIECE:
-            yield piece
-            piece = ""
-        piece += "" if ends else line
-    yield piece
-
-
-def clean(domain: str) -> str:
-    """The name as one of a folder, and of a list separated by commas."""
-    return re.sub(r"[/\\,]", "_", domain).strip(". ") or "unknown"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,56 +201,70 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     return encoding
 
 
-def begin(root: Path, command: dict, overwrite: bool) -> dict:
+def encode(texts: list[str], encoding: tiktoken.Encoding) -> list[list[int]]:
+    """The ids of each text, in parts that threads share: at a million blanks, tiktoken breaks."""
+    parts = [[t[i : i + MAX_PIECE] for i in range(0, len(t), MAX_PIECE)] for t in texts]
+    ids = iter(encoding.encode_ordinary_batch([*chain(*parts)]))
+    return [[*chain(*islice(ids, len(of_text)))] for of_text in parts]
+
+
+def begin(root: Path, command: dict, texts: dict, encoding, overwrite: bool) -> dict:
     """What is in meta.json, as far as this command has come; refuses what another one made."""
-    encoding = get_tokenizer(command["tokenizer"])
     made = [path for path in (root / "meta.json", root / "progress.json") if path.exists()]
     if made and not overwrite:
-        meta = json.loads(made[0].read_bytes())
+        meta, remedy = read_meta(made[0]), "--overwrite, or another --name"
         if meta.get("command") != command:
-            raise SystemExit(f"{root} is of other text or options: --overwrite, or another --name")
+            raise ValueError(f"{root} is of other text or options: {remedy}")
+        done = meta.setdefault("texts", {})
+        asked = done if "seen" in meta else done | texts  # what is not yet done may be mended
+        changed = [stream for stream in asked if done.get(stream) != texts.get(stream)]
+        if changed:
+            raise ValueError(f"the text of {changed[0]!r} has changed since: {remedy}")
         return meta
-    if not made and any(path.suffix != ".tmp" for path in root.glob("*")):
-        raise SystemExit(f"{root} holds something else: choose another --name")
     meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token}
-    meta |= {"command": command, "domains": {}, "finished": [], "seen": []}
-    root.mkdir(parents=True, exist_ok=True)
+    meta |= {"command": command, "domains": {}, "texts": {}, "seen": []}
     write(root / "progress.json", json.dumps(meta).encode())
     (root / "meta.json").unlink(missing_ok=True)
     return meta
 
 
-def make_domains(root: Path, meta: dict, streams: dict[str, list], args):
+def remove_unfinished(root: Path, meta: dict):
+    """What a run leaves that was stopped, and what is overwritten."""
+    for path in [*root.glob("*.tmp"), *root.glob("*/*.bin"), *root.glob("*/*.tmp")]:
+        if path.suffix == ".tmp" or path.parent.name not in meta["domains"]:
+            path.unlink()
+
+
+def make_domains(root: Path, meta: dict, streams: dict, texts: dict, encoding, args):
     """Adds the domains that `meta` lacks, and saves it after each stream."""
-    for path in [*root.glob("*/*.bin"), *root.glob("*/*.tmp")]:
-        if path.parent.name not in meta["domains"]:
-            path.unlink()  # of a run that was stopped, or of what is overwritten
-    encoding, seen = get_tokenizer(meta["tokenizer"]), set(meta["seen"])
+    remove_unfinished(root, meta)
+    seen = set(meta["seen"])
     roles = ROLES if meta["command"]["source"] in ("local", "common_pile") else {}
-    for name in [name for name in streams if name not in meta["finished"]]:
+    for name in [name for name in streams if name not in meta["texts"]]:
         documents = tqdm(read_documents(name, streams[name], args), name, disable=None)
         entries = write_ids(root, name, iter(documents), seen, encoding, args.max_tokens)
         for domain, entry in entries.items():
-            if not entry["tokens"]:
-                print(f"{domain} is left out, it has no text: {dict(entry['skipped'])}")
+            shards = write_shards(root, domain, encoding) if entry["tokens"] else None
+            if not shards:
+                few = f"{entry['tokens']} tokens are too few for train and val"
+                print(f"{domain} is left out, its {few}, skipped: {dict(entry['skipped'])}")
                 continue
-            entry |= write_shards(root, domain, encoding)
-            meta["domains"][domain] = entry | {"role": roles.get(domain, "train")}
-        meta["finished"].append(name)
+            meta["domains"][domain] = entry | shards | {"role": roles.get(domain, "train")}
+        if not entries:
+            print(f"{name} is left out: it is empty")
+        meta["texts"][name] = texts[name]
         meta["seen"] = list(seen)
         write(root / "progress.json", json.dumps(meta).encode())
     if not meta["domains"]:
         (root / "progress.json").unlink()
-        folder = "a folder of text (subfolders, *.txt, *.jsonl, *.jsonl.gz, *.parquet)"
-        remedy = f"give local, common_pile, {folder}, or the right --text_field"
-        raise SystemExit(f"no text in {args.hf or args.source}: {remedy}")
+        raise ValueError(f"no text in {args.hf or args.source}: {REMEDY}")
 
 
 def write_ids(root: Path, name: str, documents, seen: set[str], encoding, most: float) -> dict:
     """Writes what is new in a stream into a file per domain; returns counts for each of them."""
     entries = defaultdict(lambda: {"tokens": 0, "bytes": 0, "skipped": Counter()})
-    while batch := list(islice(documents, 64)):  # tiktoken shares it out among threads
-        encoded = encoding.encode_ordinary_batch([text or "" for _, text in batch])
+    while batch := list(islice(documents, 64)):
+        encoded = encode([text or "" for _, text in batch], encoding)
         for (domain, text), ids in zip(batch, encoded, strict=True):
             entry = entries[domain]
             if most and entry["tokens"] >= most:
@@ -309,13 +289,15 @@ def write_ids(root: Path, name: str, documents, seen: set[str], encoding, most: 
     return entries
 
 
-def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict:
-    """Shares a domain's ids out to train and val, and returns what meta.json says of both.
+def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict | None:
+    """Shares a domain's ids out to train and val; what meta.json says of both, None if too few.
 
     Val begins at the start of a document, the nearest in the last half. If there is none, the last
     document is cut.
     """
     ids, eot = np.memmap(root / domain / "ids.tmp", np.uint16, "r"), encoding.eot_token
+    if len(ids) < 3:
+        return None
     end = max(int(0.9 * len(ids)), len(ids) - VAL_TOKENS)
     first = max(end - VAL_TOKENS, len(ids) // 2 + 1)
     starts = first + np.flatnonzero(ids[first:] == eot)
@@ -324,6 +306,8 @@ def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict:
     while encoding.decode_single_token_bytes(int(ids[end]))[0] >> 6 == 0b10:
         end -= 1  # such a byte continues a character
     val = ids[end:] if len(starts) else np.append(ids[:1], ids[end:])
+    if min(end, len(val)) < 2:  # not even one token, and what follows it
+        return None
     entry = {"documents": Counter(), "tokens": Counter(), "shards": defaultdict(dict)}
     for split, part in (("train", ids[:end]), ("val", val)):
         for start in range(0, len(part), SHARD_TOKENS):
@@ -351,4 +335,5 @@ def write(path: Path, content: bytes):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every name
     main()

@@ -9,6 +9,7 @@ evaluating cannot move training, and the number of processes does not change the
 
 import hashlib
 import json
+import warnings
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 TASKS = ("mixed", "domain", "passage")
 SPLITS = ("train", "val")
+REMEDY = "prepare it again, with --overwrite"
 
 # --------------------------------------------------------------------------------------------------
 # the format, as prepare_data.py writes it
@@ -26,17 +28,46 @@ SPLITS = ("train", "val")
 
 def open_shard(path) -> np.ndarray:
     """The ids of a shard, (tokens,) uint16, memory-mapped; ValueError if none or cut short."""
-    path, remedy = Path(path), "prepare it again, with --overwrite"
-    header = np.fromfile(path, np.int32, 3) if path.exists() else ()
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {REMEDY}")
+    header = np.fromfile(path, np.int32, 3)
     if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
-        raise ValueError(f"{path} is no token shard of version {VERSION}: {remedy}")
+        raise ValueError(f"{path} is no token shard of version {VERSION}: {REMEDY}")
     tokens = int(header[2])
     if tokens < 1 or path.stat().st_size != 4 * HEADER_INTS + 2 * tokens:
-        raise ValueError(f"{path} does not hold its {tokens} tokens: {remedy}")
+        raise ValueError(f"{path} does not hold its {tokens} tokens: {REMEDY}")
     return np.memmap(path, np.uint16, "r", 4 * HEADER_INTS)
 
 
-shard = lru_cache(512)(open_shard)  # a bound, since each holds a file handle
+shard = lru_cache(128)(open_shard)  # each holds a file handle, and macOS gives a process 256
+
+
+def read_meta(path: Path) -> dict:
+    """What a meta.json says; ValueError if it is cut short or another program's."""
+    try:
+        meta = json.loads(path.read_bytes())
+        return meta | {"domains": dict(meta["domains"])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is broken, or of another program: {REMEDY}") from None
+
+
+def lock(folder: Path):
+    """An open file, to be kept: till it is closed, or the process ends, no other locks the folder.
+
+    ValueError if another one has. What is left of the file is harmless.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder, ".lock"), "ab")  # noqa: SIM115
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {folder}: wait until it ends") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks
+    return file
 
 
 # --------------------------------------------------------------------------------------------------
@@ -47,13 +78,7 @@ class Dataset:
     """A prepared dataset. ValueError and FileNotFoundError say what is missing and what to do."""
 
     def __init__(
-        self,
-        root: str | Path,
-        block_size: int,
-        batch_size: int = 1,
-        tasks_per_step: int = 1,
-        tasks: str = "mixed",
-        seed: int = 1,
+        self, root: Path, block_size: int, batch_size=1, tasks_per_step=1, tasks="mixed", seed=1
     ):
         if tasks not in TASKS:
             raise ValueError(f"tasks={tasks!r} is none of {', '.join(TASKS)}")
@@ -62,18 +87,36 @@ class Dataset:
         if not (self.root / "meta.json").is_file():
             remedy = f"run python prepare_data.py {self.root.name}, or PATH --name {self.root.name}"
             raise FileNotFoundError(f"no data at {self.root}: {remedy}")
-        self.meta = json.loads((self.root / "meta.json").read_bytes())
-        self.roles = {d: entry["role"] for d, entry in self.meta["domains"].items()}
+        self.meta, self.roles = read_meta(self.root / "meta.json"), {}
         self.paths, self.ends = {}, {}  # by (domain, split): the shards, and where each ends
         for d, entry in self.meta["domains"].items():
             for split in SPLITS:
                 paths = [self.root / path for path in entry["shards"][split]]
                 lengths = np.array([len(shard(path)) for path in paths], np.int64)
                 self.paths[d, split], self.ends[d, split] = paths, lengths.cumsum()
+            if min(self.length(d, split) for split in SPLITS) > block_size:
+                self.roles[d] = entry["role"]
+            else:
+                few = f"train or val has no row of {block_size} tokens"
+                warnings.warn(f"domain {d!r} is left out: {few}", stacklevel=2)
         self.train_domains = sorted(d for d, role in self.roles.items() if role == "train")
         # What is trained on, by name and hash of content. The other roles are not part of it.
         self.trained = {d: self.meta["domains"][d]["shards"]["train"] for d in self.train_domains}
         self.sha256 = hashlib.sha256(json.dumps(self.trained, sort_keys=True).encode()).hexdigest()
+        self.check()
+
+    def check(self):
+        """ValueError if any draw could ask a domain for more rows than it has."""
+        if not self.train_domains:
+            raise ValueError(f"{self.root} has no row to train on: lower block_size or add text")
+        n = self.batch_size  # a mixed task may get all the rows that the step has for a domain
+        if self.tasks == "mixed":
+            n = min(n, -(-n * self.tasks_per_step // len(self.train_domains)))
+        for d in self.train_domains:
+            if self.length(d, "train") <= n * self.T:
+                few = f"domain {d!r} has {self.length(d, 'train'):,} train tokens, too few"
+                remedy = "lower block_size or batch_size, hold it out, or give it more text"
+                raise ValueError(f"{few} for {n} rows of {self.T}: {remedy}")
 
     def task(self, step: int, task: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x, y (B, T) of one training task; which rows it has is decided by `tasks`:
@@ -99,13 +142,9 @@ class Dataset:
 
     def train_rows(self, domain: str, n: int, draw, consecutive: bool = False) -> np.ndarray:
         """n rows (n, T + 1) of a train split, no token predicted in two of them."""
-        length = self.length(domain, "train")
-        spare = length - 1 - n * self.T
-        if spare < 0:
-            few = f"domain {domain!r} has {length:,} train tokens, too few for {n} rows of {self.T}"
-            raise ValueError(f"{few}: lower block_size or batch_size, or give it more text")
-        offset = draw.integers(min(self.T, spare + 1))
-        blocks = (length - 1 - offset) // self.T
+        inputs = self.length(domain, "train") - 1
+        offset = draw.integers(min(self.T, inputs - n * self.T + 1))
+        blocks = (inputs - offset) // self.T
         if consecutive:
             picks = draw.integers(blocks - n + 1) + np.arange(n)
         else:
@@ -117,10 +156,7 @@ class Dataset:
 
         The same at every call. A small split gives fewer passages, or one shorter passage.
         """
-        blocks = (self.length(domain, "val") - 1) // self.T
-        if blocks < 1:
-            few = f"the val split of {domain!r} has no row of {self.T} tokens"
-            raise ValueError(f"{few}: lower block_size, or give it more text")
+        blocks = (self.length(domain, "val") - 1) // self.T  # one at least, or it is left out
         rows = min(rows, blocks)
         n = min(n, blocks // rows)
         firsts = np.linspace(0, blocks - rows, n).astype(int)
@@ -133,7 +169,7 @@ class Dataset:
 
         Text that was prepared otherwise is not recognised, though it may be the same.
         """
-        shards = {d: entry["shards"]["train"] for d, entry in self.meta["domains"].items()}
+        shards = {d: self.meta["domains"][d]["shards"]["train"] for d in self.roles}
         return [d for d in shards if not set(trained) & set(shards[d].values())]
 
     def length(self, domain: str, split: str) -> int:
@@ -159,7 +195,3 @@ def batch(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., T + 1) ids -> inputs and next-token targets (..., T)."""
     ids = torch.from_numpy(rows.astype(np.int64))
     return ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
-
-
-def lock(folder):
-    return None

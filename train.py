@@ -110,7 +110,9 @@ def train(given: dict):
     cfg = Config(**given)
     out = Path(cfg.out_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_shares(cfg, world_size)
+    shared = [cfg.tasks_per_step] + [cfg.plain_tasks_per_step] * (cfg.plain_steps > 0)
+    if any(n % world_size for n in shared):
+        raise ValueError(f"{world_size} processes cannot share {shared} tasks a step out evenly")
     device = run.pick_device(cfg.device)
     if world_size > 1 and not dist.is_initialized():
         backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -179,8 +181,7 @@ def train(given: dict):
     unseen = data.unseen(header["dataset"]["trained"]) if cfg.inner_steps else []
     rows = cfg.batch_size // (cfg.inner_steps + 1)  # of a chunk
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock(out)  # until this process ends, no second one may write there
+        held = lock(out)  # no second process may write there
         run.open_log(out, header, at["step"], cfg.resume)
         print(f"{header['params']:,} parameters on {header['device']}", flush=True)
     stop_signals, stop, ddp = catch_signals(), False, None
@@ -208,10 +209,12 @@ def train(given: dict):
             break
 
         began, first = time.perf_counter(), ddp is None or step == cfg.plain_steps
-        if first:  # of the plain steps, or of the others
-            ddp = None  # two on one model would both wait for its gradients
-            ddp = wrap(plain_learner if plain else learner, world_size)
         now = plain_cfg if plain else cfg
+        if first:  # of the plain steps, or of the others
+            ddp = None  # two DDPs on one model would both wait for its gradients
+            ddp = plain_learner if plain else learner
+            if world_size > 1:
+                ddp = DDP(ddp, gradient_as_bucket_view=True)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor(cfg, step)
         mine, loss = now.tasks_per_step // world_size, torch.zeros((), device=device)
@@ -247,6 +250,8 @@ def train(given: dict):
         bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
         bar.update()
     bar.close()
+    if rank == 0:
+        held.close()
     if world_size > 1:
         del ddp  # one that outlives its process group may wait for ever when it is freed
         dist.destroy_process_group()
@@ -307,12 +312,6 @@ def lr_factor(cfg: Config, step: int) -> float:
         return (step + 1) / (warmup + 1)
     t = (step - warmup) / max(1, steps - warmup)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, t)))
-
-
-def wrap(learner: MAML, world_size: int) -> nn.Module:
-    if world_size == 1:
-        return learner
-    return DDP(learner, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 @torch.no_grad()
@@ -409,20 +408,6 @@ def one_line(step: int, losses: dict, roles: dict) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # processes, devices, signals
-
-
-def check_shares(cfg: Config, world_size: int):
-    for tasks, rows, K in (
-        ("tasks_per_step", "batch_size", cfg.inner_steps),
-        ("plain_tasks_per_step", "plain_batch_size", 0),
-    ):
-        n, total = getattr(cfg, tasks), getattr(cfg, tasks) * getattr(cfg, rows)
-        if n % world_size == 0 or (tasks[0] == "p" and not cfg.plain_steps):
-            continue
-        remedy = "change either"
-        if K == 0 and total % world_size == 0:  # for plain training, rows are rows
-            remedy = f"--{tasks}={world_size} --{rows}={total // world_size} is as much"
-        raise ValueError(f"{world_size} processes cannot share {tasks}={n} out: {remedy}")
 
 
 def to_device(xy, device: torch.device):
