@@ -177,7 +177,7 @@ def adapt(args):
             chosen[rule] = best_options(rule, partial(mean_loss, reader, rule, passages, tune))
         else:
             chosen[rule] = logged_options(path.parent / "log.jsonl", rule)
-        options[rule] = chosen[rule] or START[rule]
+        options[rule] = chosen[rule] or untuned(rule, model)
         if not chosen[rule]:
             print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
     curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
@@ -211,8 +211,16 @@ def adapt(args):
         show_text(args, ckpt, model, tokenizer, learned, rules[-1])
 
 
+def untuned(rule: str, model: GPT) -> dict:
+    """START is for a million parameters. A step on n of them is sqrt(n) times its rate long."""
+    shorter = min(1.0, (1e6 / sum(p.numel() for p in model.parameters())) ** 0.5)
+    return START[rule] | {"lr": START[rule]["lr"] * shorter}
+
+
 def show_text(args, ckpt: dict, model: GPT, tokenizer, learned: dict, rule: str):
     """Keeps what was learned, and prints what the model writes before and after."""
+    if not all(p.isfinite().all() for p in learned.values()):
+        raise ValueError(f"reading by {rule!r} left parameters that are not finite: leave it out")
     before = sample(args, model, tokenizer)
     model.load_state_dict(learned, strict=False)
     if args.save:
