@@ -36,7 +36,7 @@ FIT = ("statutes", "poetry", "proposals", "court_opinions", "sci_abstracts", "me
 TUNE, UNSEEN = ("podcasts", "math_latex"), ("latin", "drama", "bible")
 R, T = 8, 256  # rows of a passage, tokens of a row
 START = {"adamw": 2e-5, "dynamic": 2e-5, "normed": 2e-5}  # where the search for the rate begins
-STATISTICS = 30  # rows of FIT whose squared gradients 'dynamic' divides by
+STATISTICS = 12  # rows of FIT whose squared gradients 'dynamic' divides by
 
 
 class Wrapped(torch.nn.Module):
@@ -117,7 +117,7 @@ def fit(args, log: Log, model, rule: str, lr: float):
         first, rates.data, state = torch.load(path)
         adam.load_state_dict(state)
     for step in tqdm(range(first, args.steps), f"fitting {rule}", args.steps, initial=first):
-        adam.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        adam.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / args.steps))
 
         def outer_step(step=step):
             loss = learner(*passage(args, FIT[step % len(FIT)], 1000 + step))
@@ -188,7 +188,7 @@ def main():
     parser.add_argument(
         "--rules", nargs="+", default=["none", "normed", "tensor", "adamw", "dynamic"]
     )
-    parser.add_argument("--steps", type=int, default=16, help="of the outer loop, a passage each")
+    parser.add_argument("--steps", type=int, default=9, help="of the outer loop, a passage each")
     parser.add_argument("--seeds", type=int, default=2, help="passages of each unseen domain")
     parser.add_argument("-o", "--output", type=Path, default=Path("out/pretrained.jsonl"))
     args = parser.parse_args()
