@@ -923,6 +923,30 @@ def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
     assert not np.isclose(none[:, 4:].mean(), own[:, 4:].mean())
 
 
+def test_a_gpt2_learns_a_text_as_it_is_and_then_at_rates_that_it_has_learned(pretrain, tmp_path):
+    of_transformers("gpt2").save_pretrained(tmp_path / "gpt2")
+    notes = write(tmp_path, {"notes.txt": "to be, or not to be: " * 40}) / "notes.txt"
+    how = [*flags(text=notes, max_new_tokens=9), "--rules", "none", "adamw", "dynamic"]
+    text = printed(adapt.main, tmp_path / "gpt2", *how)
+    means = dict(re.findall(r"^(none|adamw|dynamic) +\d +(\S+)", text, re.M))
+    assert float(means["adamw"]) < float(means["none"]) and len(means) == 3
+    assert "before:" in text and "after reading by 'dynamic'" in text
+    frozen = dict(learning_rate=0, learn_inner_lr="tensor", n_layer=2)
+    out = pretrain(init_from=tmp_path / "gpt2", **frozen)
+    identical(weights_of(out)[0], run.load_checkpoint(tmp_path / "gpt2")[1].state_dict())
+    assert re.search(r"^own +3 ", printed(adapt.main, out, *how, "own"), re.M)
+
+
+def test_what_is_not_tuned_takes_steps_as_long_in_a_large_model_as_in_a_small_one():
+    small, large = (tiny_gpt(n_embd=8 * n, vocab_size=32_000) for n in (1, 16))
+    assert adapt.untuned("adamw", small) == adapt.START["adamw"]
+    n = sum(p.numel() for p in large.parameters())
+    assert adapt.untuned("adamw", large)["lr"] * n**0.5 == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="by 'adamw' left parameters that are not finite"):
+        learned = {"lm_head.weight": torch.full((2, 2), math.nan)}
+        adapt.show_text(None, {}, small, None, learned, "adamw")
+
+
 def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
     foreign = {"model": tiny_gpt().state_dict(), "model_args": vars(tiny_gpt().config)}
     torch.save(foreign, tmp_path / "foreign.pt")
