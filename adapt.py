@@ -179,7 +179,8 @@ def adapt(args):
             chosen[rule] = logged_options(path.parent / "log.jsonl", rule)
         options[rule] = chosen[rule] or untuned(rule, model)
         if not chosen[rule]:
-            print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
+            first = "adapt this run to" if "dataset" in ckpt else "train a run from it on"
+            print(f"{rule} is not tuned: {first} a dataset with tune domains first")
     curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
     todo = [(name, rule) for name in passages for rule in rules]
     for name, rule in tqdm(todo, "reading", disable=None):
@@ -388,7 +389,7 @@ def sample(args, model: GPT, tokenizer) -> str:
 def main(argv: list[str] | None = None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("run", help="a run's folder, a checkpoint's path, or gpt2")
+    parser.add_argument("run", help="a run's folder, a checkpoint's path, or gpt2, ...")
     parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all")
     parser.add_argument("--dataset", help="whose domains are read; default: the run's own")
     parser.add_argument("--data_dir", help="where the dataset is, if it was moved")

@@ -172,8 +172,8 @@ def from_transformers(name: str) -> dict:
         c = AutoConfig.from_pretrained(name)
         odd = [f for f in SAME if getattr(c, f, None) != getattr(GPT2Config(), f)]
         if not odd:
-            how = dict(dtype=torch.float32, output_loading_info=True)
-            hf, found = GPT2LMHeadModel.from_pretrained(name, **how)
+            hf, found = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+            weights = hf.float().state_dict()
             odd = sorted(found["missing_keys"])  # these would be random
     except Exception as error:  # of many kinds
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -185,7 +185,7 @@ def from_transformers(name: str) -> dict:
         what = f"its {odd[0]} is {getattr(c, odd[0], 'missing')}, not that of GPT-2"
         raise ValueError(f"{name}: {what}. Here is GPT-2 alone; the class MAML takes any module")
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # its Conv1D keeps (in, out)
-    weights = {n: w.T.contiguous() if n.endswith(turned) else w for n, w in hf.state_dict().items()}
+    weights = {n: w.T.contiguous() if n.endswith(turned) else w for n, w in weights.items()}
     args = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer)
     weights, args = as_ours(weights, args | dict(n_head=c.n_head, n_embd=c.n_embd))
     return {"model": weights, "model_args": args}
