@@ -179,9 +179,10 @@ def adapt(args):
         else:
             log = Path(args.options_from or path.parent, "log.jsonl")
             chosen[rule] = logged_options(log, rule)
-        options[rule] = chosen[rule] or START[rule]
+        options[rule] = chosen[rule] or untuned(rule, model)
         if not chosen[rule]:
-            print(f"{rule} is not tuned: adapt this run to a dataset with tune domains first")
+            first = "adapt this run to" if "dataset" in ckpt else "train a run from it on"
+            print(f"{rule} is not tuned: {first} a dataset with tune domains first")
     curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
     todo = [(name, rule) for name in passages for rule in rules]
     for name, rule in tqdm(todo, "reading", disable=None):
@@ -213,8 +214,16 @@ def adapt(args):
         show_text(args, ckpt, model, tokenizer, learned, rules[-1])
 
 
+def untuned(rule: str, model: GPT) -> dict:
+    """START is for a million parameters. A step on n of them is sqrt(n) times its rate long."""
+    shorter = min(1.0, (1e6 / sum(p.numel() for p in model.parameters())) ** 0.5)
+    return START[rule] | {"lr": START[rule]["lr"] * shorter}
+
+
 def show_text(args, ckpt: dict, model: GPT, tokenizer, learned: dict, rule: str):
     """Keeps what was learned, and prints what the model writes before and after."""
+    if not all(p.isfinite().all() for p in learned.values()):
+        raise ValueError(f"reading by {rule!r} left parameters that are not finite: leave it out")
     before = sample(args, model, tokenizer)
     model.load_state_dict(learned, strict=False)
     if args.save:
@@ -382,7 +391,7 @@ def sample(args, model: GPT, tokenizer) -> str:
 def main(argv: list[str] | None = None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("run", help="a run's folder, a checkpoint's path, or gpt2")
+    parser.add_argument("run", help="a run's folder, a checkpoint's path, or gpt2, ...")
     parser.add_argument("--rules", nargs="+", choices=RULES, help="default: all")
     parser.add_argument("--dataset", help="whose domains are read; default: the run's own")
     parser.add_argument("--data_dir", help="where the dataset is, if it was moved")

@@ -358,8 +358,9 @@ class MAML(nn.Module):
             losses, phi = inner_loop(self, theta, rates, chunks, self.gradient)
             return torch.stack(losses), phi
 
-        if len(x) == 1:  # nothing is side by side
-            losses, phi = (t[None] for t in one(x[0], y[0]))
+        if len(x) == 1 or self.autocast:
+            # autocast does not reach into what vmap takes apart: attention, and layers with biases
+            losses, phi = map(torch.stack, zip(*map(one, x, y), strict=True))
         else:
             with unfused():
                 losses, phi = vmap(one, randomness="different")(x, y)

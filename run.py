@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import platform
+import re
 import runpy
 import subprocess
 import sys
@@ -106,6 +107,10 @@ def write_whole(path: Path, write):
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
+# what a configuration of transformers must have as GPT-2 has it
+SAME = ("model_type", "activation_function", "n_inner", "layer_norm_epsilon", "scale_attn_weights")
+SAME += ("scale_attn_by_inverse_layer_idx", "tie_word_embeddings")
+
 
 def load_checkpoint(source: str | Path, block_size: int | None = None) -> tuple[dict, GPT]:
     """A checkpoint and its model: a run's folder or file, nanoGPT's, or a GPT-2 of transformers.
@@ -114,7 +119,7 @@ def load_checkpoint(source: str | Path, block_size: int | None = None) -> tuple[
     tensors and plain values are loaded.
     """
     path = Path(source)
-    if (path / "config.json").is_file() or not (path.exists() or path.suffix or path.parent.name):
+    if (path / "config.json").is_file() or names_hub(str(source)):
         ckpt = from_transformers(str(source))
     else:
         path = path / "ckpt.pt" if path.is_dir() else path
@@ -149,20 +154,36 @@ def as_ours(weights: dict, args: dict) -> tuple[dict, dict]:
     return weights, bias | {k: v for k, v in args.items() if k in known}
 
 
+def names_hub(source: str) -> bool:
+    """'name' or 'owner/name' is on the hub, if neither it nor a folder 'owner' is here."""
+    path = Path(source)
+    here = path.exists() or ("/" in source and path.parent.is_dir()) or path.suffix == ".pt"
+    return not here and bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source))
+
+
 def from_transformers(name: str) -> dict:
     """A GPT-2 of the hub, such as 'gpt2', or a folder that save_pretrained wrote."""
     try:
-        from transformers import AutoConfig, GPT2LMHeadModel
+        from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
     except ImportError:
-        raise ValueError(f"{name} is read by transformers: pip install transformers") from None
+        what = f"{name} is GPT-2's" if Path(name).exists() else f"no checkpoint at {name} here"
+        raise ValueError(f"{what}; for what transformers reads: pip install transformers") from None
     try:
         c = AutoConfig.from_pretrained(name)
-        if c.model_type != "gpt2" or "gelu" not in c.activation_function or c.n_inner:
-            raise ValueError(f"{name} is no GPT-2 but {c.model_type}: MAML takes any module")
-        weights = GPT2LMHeadModel.from_pretrained(name, dtype=torch.float32).state_dict()
-    except OSError as error:
-        why = str(error).split("\n")[0]
-        raise ValueError(f"no checkpoint {name}, here or on the hub, or offline ({why})") from None
+        odd = [f for f in SAME if getattr(c, f, None) != getattr(GPT2Config(), f)]
+        if not odd:
+            hf, found = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+            weights = hf.float().state_dict()
+            odd = sorted(found["missing_keys"])  # these would be random
+    except Exception as error:  # of many kinds
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        if Path(name).exists():
+            raise ValueError(f"{name} holds no whole GPT-2 of transformers ({why})") from error
+        what = f"no checkpoint at {name} here, nor on the hub, or offline"
+        raise ValueError(f"{what}: train first, or give a path ({why})") from error
+    if odd:
+        what = f"its {odd[0]} is {getattr(c, odd[0], 'missing')}, not that of GPT-2"
+        raise ValueError(f"{name}: {what}. Here is GPT-2 alone; the class MAML takes any module")
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # its Conv1D keeps (in, out)
     weights = {n: w.T.contiguous() if n.endswith(turned) else w for n, w in weights.items()}
     args = dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer)

@@ -552,6 +552,95 @@ def test_the_logits_are_those_of_gpt2_in_transformers(bias, tmp_path, monkeypatc
     torch.testing.assert_close(names["hf"](x).logits, model(x)[0], rtol=0, atol=1e-4)
 
 
+class Wrapped(nn.Module):
+    """All that a causal model of transformers needs."""
+
+    def __init__(self, hf):
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, x, y):
+        logits = self.hf(input_ids=x, use_cache=False).logits
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def of_transformers(kind: str, **changes) -> nn.Module:
+    """Tiny and random, with large weights, biases too."""
+    hf = pytest.importorskip("transformers")
+    ends = dict(bos_token_id=None, eos_token_id=None, **changes)
+    if kind == "gpt2":
+        shape = dict(vocab_size=320, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        model = hf.GPT2LMHeadModel(hf.GPT2Config(**shape | ends))
+    else:
+        shape = dict(vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+        heads = dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**shape | heads | ends))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "10KB"}])
+def test_a_gpt2_that_transformers_saved_has_its_logits_here_cropped_or_not(tmp_path, how):
+    hf, (x, _) = of_transformers("gpt2"), task(2, 16, vocab=320)
+    hf.save_pretrained(tmp_path, **how)
+    ckpt, model = run.load_checkpoint(tmp_path)
+    assert model.config.bias and run.tokenizer_of(ckpt) == "bytes"
+    torch.testing.assert_close(model(x)[0], hf(x).logits, rtol=0, atol=1e-4)
+    _, cropped = run.load_checkpoint(tmp_path, block_size=8)
+    assert cropped.config.block_size == 8
+    torch.testing.assert_close(cropped(x[:, :8])[0], hf(x[:, :8]).logits, rtol=0, atol=1e-4)
+
+
+def test_a_folder_of_transformers_that_is_no_whole_gpt2_is_refused(tmp_path):
+    of_transformers("llama").save_pretrained(tmp_path / "llama")
+    of_transformers("gpt2", activation_function="relu").save_pretrained(tmp_path / "relu")
+    for name in ("bare", "cut"):
+        of_transformers("gpt2").save_pretrained(tmp_path / name)
+    (tmp_path / "bare/model.safetensors").unlink()
+    os.truncate(tmp_path / "cut/model.safetensors", 2000)
+    for name, remedy in (
+        ("llama", "its model_type is llama, not that of GPT-2.*MAML takes any module"),
+        ("relu", "its activation_function is relu, not that of GPT-2"),
+        ("bare", "holds no whole GPT-2 of transformers .OSError"),
+        ("cut", "holds no whole GPT-2 of transformers .Safetensor"),
+    ):
+        with pytest.raises(ValueError, match=f"^[^\n]*{remedy}[^\n]*$"):
+            run.load_checkpoint(tmp_path / name)
+
+
+def test_what_is_not_here_is_a_name_on_the_hub_unless_it_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(write(tmp_path, {"out/run/log.jsonl": ""}))
+    hub = ["gpt2", "gpt2-medium", "openai-community/gpt2", "some.one/gpt-2.5_b"]
+    paths = ["out/rum", "out", "gone.pt", "a/gone.pt", "/gone", "./gone", "../gone", "a/b/c", "~/a"]
+    assert [name for name in hub + paths if run.names_hub(name)] == hub
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    for name in hub:
+        with pytest.raises(ValueError, match=f"no checkpoint at {name} .*: pip install transf"):
+            run.load_checkpoint(name)
+    for name in paths:
+        with pytest.raises(FileNotFoundError, match="train first, or give a ckpt"):
+            run.load_checkpoint(name)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_causal_models_of_transformers_are_learners_and_readers_as_they_are(kind):
+    model, (x, y) = Wrapped(of_transformers(kind)), task(2, 3, 8, vocab=320)
+    for first_order in (True, False):
+        learner = MAML(model, 2, 0.01, first_order=first_order, learn_inner_lr="tensor").double()
+        expected, loss = meta_grad(learner, x[0], y[0])
+        found, value = backward(learner, x[0], y[0])
+        assert value == pytest.approx(loss.item()) and distance(found, expected) < 1e-6
+    losses, phi = learner.read(x, y)
+    alone = [learner.read(*xy) for xy in zip(x.split(1), y.split(1), strict=True)]
+    torch.testing.assert_close((losses, phi), tuple(map(torch.cat, zip(*alone, strict=True))))
+    assert losses.mean(1)[0].item() == pytest.approx(loss.item())
+    rounded, _ = MAML(model.float(), 2, 0.01, autocast=torch.bfloat16).read(x, y)
+    torch.testing.assert_close(rounded, losses.float(), rtol=0.05, atol=0)
+
+
 def test_generation_is_decided_by_the_callers_generator():
     generate = partial(tiny_gpt().generate, torch.zeros(1, 1, dtype=torch.long), 20)
     dice = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
@@ -845,6 +934,30 @@ def test_a_text_of_fewer_rows_than_two_chunks_is_learned_all_the_same(trained):
     none, own = (reader.read(rule, *task(1, 8, 16))[0] for rule in ("none", "own"))
     assert np.allclose(none[:, :4].mean(), own[:, :4].mean())
     assert not np.isclose(none[:, 4:].mean(), own[:, 4:].mean())
+
+
+def test_a_gpt2_learns_a_text_as_it_is_and_then_at_rates_that_it_has_learned(pretrain, tmp_path):
+    of_transformers("gpt2").save_pretrained(tmp_path / "gpt2")
+    notes = write(tmp_path, {"notes.txt": "to be, or not to be: " * 40}) / "notes.txt"
+    how = [*flags(text=notes, max_new_tokens=9), "--rules", "none", "adamw", "dynamic"]
+    text = printed(adapt.main, tmp_path / "gpt2", *how)
+    means = dict(re.findall(r"^(none|adamw|dynamic) +\d +(\S+)", text, re.M))
+    assert float(means["adamw"]) < float(means["none"]) and len(means) == 3
+    assert "before:" in text and "after reading by 'dynamic'" in text
+    frozen = dict(learning_rate=0, learn_inner_lr="tensor", n_layer=2)
+    out = pretrain(init_from=tmp_path / "gpt2", **frozen)
+    identical(weights_of(out)[0], run.load_checkpoint(tmp_path / "gpt2")[1].state_dict())
+    assert re.search(r"^own +3 ", printed(adapt.main, out, *how, "own"), re.M)
+
+
+def test_what_is_not_tuned_takes_steps_as_long_in_a_large_model_as_in_a_small_one():
+    small, large = (tiny_gpt(n_embd=8 * n, vocab_size=32_000) for n in (1, 16))
+    assert adapt.untuned("adamw", small) == adapt.START["adamw"]
+    n = sum(p.numel() for p in large.parameters())
+    assert adapt.untuned("adamw", large)["lr"] * n**0.5 == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="by 'adamw' left parameters that are not finite"):
+        learned = {"lm_head.weight": torch.full((2, 2), math.nan)}
+        adapt.show_text(None, {}, small, None, learned, "adamw")
 
 
 def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
