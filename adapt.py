@@ -305,8 +305,8 @@ def statistics(args, ckpt: dict, model: GPT):
 # options: those with the lowest loss on tune domains
 
 
-def mean_loss(reader: Reader, rule: str, passages: dict, tune: list, options: dict, most=None):
-    """Over the tune domains, on so many passages of each; inf if it is not finite."""
+def mean_loss(reader: Reader, rule: str, passages: dict, tune: list, options: dict, most: int):
+    """Over the tune domains, on so many passages of each at most; inf if it is not finite."""
     found = [[xy[:most] for xy in passages[domain]] for domain in tune]
     losses = [reader.read(rule, x, y, **options)[0].mean() for x, y in found]
     return float(np.mean(losses)) if np.isfinite(losses).all() else math.inf
@@ -315,19 +315,19 @@ def mean_loss(reader: Reader, rule: str, passages: dict, tune: list, options: di
 def best_options(rule: str, measure) -> dict:
     """The grid of CHOICES, at each point the best rate, found by halving and doubling.
 
-    The grid is searched on one passage a domain; its best six, and rates around them, on all.
+    The grid is searched on one passage a domain; its best three, and rates around them, on four.
     """
-    few, all_, best = {}, {}, START[rule]
+    few, more, best = {}, {}, START[rule]
     bar = tqdm(desc=f"the best {rule}", disable=None)
 
-    def score(table: dict, options: dict, most=None) -> float:
+    def score(table: dict, options: dict, most: int) -> float:
         key = tuple(options.items())
         if key not in table:
             table[key] = measure(options, most)
             bar.update()
         return table[key]
 
-    def climb(table, options, most=None) -> dict:
+    def climb(table: dict, options: dict, most: int) -> dict:
         while math.isinf(score(table, options, most)) and options["lr"] > 1e-9:
             options = options | {"lr": options["lr"] / 4}
         for factor in (2.0, 0.5):
@@ -343,9 +343,9 @@ def best_options(rule: str, measure) -> dict:
         found = climb(few, best | point, 1)
         if score(few, found, 1) <= score(few, best, 1):
             best = found
-    for key in sorted(few, key=few.get)[:6]:
-        score(all_, dict(key))
-    best = climb(all_, dict(min(all_, key=all_.get)))
+    for key in sorted(few, key=few.get)[:3]:
+        score(more, dict(key), 4)
+    best = climb(more, dict(min(more, key=more.get)), 4)
     bar.close()
     print(f"{rule} with {best} reads the tune domains best")
     return best
