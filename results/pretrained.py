@@ -11,6 +11,9 @@ stopped, the same command goes on. Rules:
     none     theta as it is                      dynamic  SGD at eta / (rms + 0.3 mean rms)
     adamw    AdamW, one step on each row         normed   the normed direction
     adamw_tensor, normed_tensor, normed_element  with a learned rate for each of these
+
+A vector of this size is half a gigabyte. To map a fresh one takes Linux four times as long as to
+multiply it. These variables keep old ones: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999.
 """
 
 import argparse
