@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import sys
 from functools import partial
 from itertools import pairwise
@@ -71,7 +72,8 @@ class Reader:
                 self.last[r] if r in self.last and self.last_x is x else self.read(r, x, y)
                 for r in ("own", "none")
             )
-            return mixture(np.stack([own, none]), x.size(-1)), phi
+            finite = all(p.isfinite().all() for p in phi.values())  # if not, theta is left
+            return mixture(np.stack([own, none]), x.size(-1)), phi if finite else {}
         self.last = self.last if self.last_x is x else {}
         self.last_x, self.last[rule] = x, self.read_alone(rule, x, y, **options)
         return self.last[rule]
@@ -101,7 +103,7 @@ class Reader:
 
     def adamw(self, lr: float, frozen: bool, beta2: float, **_) -> MAML:
         for name, p in self.model.named_parameters():
-            p.requires_grad_(not (frozen and name in EMBEDDINGS))  # what needs no gradient stays
+            p.requires_grad_(not (frozen and name in EMBEDDINGS))  # MAML freezes these
         learner = MAML(self.model, 1, lr, "adamw")
         self.model.requires_grad_(True)
         learner.direction = partial(adamw, beta2=beta2)
@@ -138,7 +140,7 @@ def mixture(losses: np.ndarray, T: int) -> np.ndarray:
     Each row of T tokens is predicted by all of them, weighed by the likelihood that they gave to
     the rows so far. So the passage's likelihood is the mean of theirs: over n tokens the loss is
     at most the best expert's plus ln(experts) / n nats a token, whatever the text. An expert
-    whose loss is not finite has a likelihood of zero from there on.
+    whose loss is not finite has a likelihood of zero from there on; one of them must have none.
     """
     logs = -T * np.nan_to_num(losses.astype(float), nan=np.inf, posinf=np.inf).cumsum(
         -1
@@ -156,8 +158,12 @@ def adapt(args):
     ckpt, model = run.load_checkpoint(args.run)
     path = Path(args.run)
     path = path / "ckpt.pt" if path.is_dir() else path
-    if args.save and Path(args.save).resolve() == path.resolve():
-        raise ValueError(f"--save would overwrite {path}: choose another path")
+    if args.save and (
+        Path(args.save).resolve() == path.resolve() or Path(args.save).name == "ckpt.pt"
+    ):
+        raise ValueError(f"--save would overwrite {args.save}, a run's: choose another path")
+    if args.options_from and not Path(args.options_from, "log.jsonl").is_file():
+        raise ValueError(f"no log in {args.options_from}: give the folder of a run")
     model.to(run.pick_device(args.device))
     reader = Reader(ckpt, model, partial(statistics, args, ckpt, model))
     usual = ("none", "own", "safe") if args.text else RULES
@@ -183,16 +189,16 @@ def adapt(args):
         if not chosen[rule]:
             first = "adapt this run to" if "dataset" in ckpt else "train a run from it on"
             print(f"{rule} is not tuned: {first} a dataset with tune domains first")
-    curves = {name: {} for name in passages}  # {name: {rule: (R,)}}
+    curves, weights = {name: {} for name in passages}, hash_of(model)  # {name: {rule: (R,)}}
     todo = [(name, rule) for name in passages for rule in rules]
     for name, rule in tqdm(todo, "reading", disable=None):
         x, y = passages[name]
         losses, learned = reader.read(rule, x, y, **options[rule])  # (P, R)
         curves[name][rule] = losses.mean(0, dtype=float).round(4)
-        # Another checkpoint is not the run's result, and plot.py calls every AdamW tuned.
+        # Only a run's own checkpoint is logged, and no rule that was not tuned.
         if path.name == "ckpt.pt" and not args.text and chosen.get(rule, True):
             row = {"kind": "adapt", "dataset": data.root.name, "sha256": hash_of_val(data, name)}
-            row |= {"model": hash_of(model)}
+            row |= {"model": weights}
             row |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
             row |= {"domain": name, "role": "tune" if name in tune else "heldout", "rule": rule}
             row |= {"options": options[rule], "row_tokens": x.size(-1), "passages": len(x)}
@@ -247,7 +253,7 @@ def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, di
         raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
     n = T * (own_rows or 1)
     tokens = args.tokens or max(4096, 8 * n)
-    if tokens < 2 * n:
+    if tokens < 2 * n and {"own", "safe"} & {*(args.rules or RULES)}:
         raise ValueError(f"{args.run} learns {n:,} tokens at a time: read --tokens {4 * n}")
     R, passages = -(-tokens // T), {}
     for domain in data.unseen(ckpt["dataset"]["trained"]):
@@ -282,7 +288,7 @@ def statistics(args, ckpt: dict, model: GPT):
     """
     T, device = model.config.block_size, next(model.parameters()).device
     cfg = ckpt.get("config", {})
-    for data_dir in (args.data_dir, cfg.get("data_dir")):
+    for data_dir in (args.data_dir, cfg.get("data_dir")) if cfg else ():
         if data_dir and Path(data_dir, cfg["dataset"], "meta.json").is_file():
             data = Dataset(Path(data_dir, cfg["dataset"]), T, tasks_per_step=STATISTICS)
             return [[t.to(device) for t in data.task(0, i)] for i in range(STATISTICS)]
@@ -303,7 +309,7 @@ def mean_loss(reader: Reader, rule: str, passages: dict, tune: list, options: di
     """Over the tune domains, on so many passages of each; inf if it is not finite."""
     found = [[xy[:most] for xy in passages[domain]] for domain in tune]
     losses = [reader.read(rule, x, y, **options)[0].mean() for x, y in found]
-    return float(np.nan_to_num(np.mean(losses), nan=np.inf))
+    return float(np.mean(losses)) if np.isfinite(losses).all() else math.inf
 
 
 def best_options(rule: str, measure) -> dict:
@@ -322,6 +328,8 @@ def best_options(rule: str, measure) -> dict:
         return table[key]
 
     def climb(table, options, most=None) -> dict:
+        while math.isinf(score(table, options, most)) and options["lr"] > 1e-9:
+            options = options | {"lr": options["lr"] / 4}
         for factor in (2.0, 0.5):
             while True:
                 other = options | {"lr": options["lr"] * factor}
@@ -345,7 +353,7 @@ def best_options(rule: str, measure) -> dict:
 
 def logged_options(log: Path, rule: str) -> dict | None:
     """What adapting this run to its tune domains chose the last time; None if it never did."""
-    lines = log.read_text().splitlines() if log.is_file() else []
+    lines = log.read_text().split("\n")[:-1] if log.is_file() else []  # a line cut short has no end
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("rule") == rule and row["role"] == "tune"]
     return rows[-1]["options"] if rows else None

@@ -2,7 +2,7 @@
 
 A task is rows of text, cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
 
-    inner   phi_0 = theta,   d_j, state = direction(g_j, state),   g_j = gradient of L_j at phi_j
+    inner   phi_0 = theta,   g_j = gradient of L_j at phi_j,   d_j, state = direction(g_j, state)
             phi_j+1 = phi_j - factor_j alpha d_j
     outer   theta and alpha take a step down the gradient of   sum_j w_j L_j(phi_j)
 
@@ -13,11 +13,11 @@ tensor, or for each element (Meta-SGD, Li et al. 2017, arXiv 1707.09835). object
 all chunks alike: how fast a text is learned (Antoniou et al. 2019, arXiv 1810.09502). 'final'
 counts the last chunk alone: how well (Finn et al. 2017, arXiv 1703.03400). K = 0 is plain training.
 
-The gradient of the outer loss comes in two orders. F is a forward of one chunk:
+The outer gradient comes in two orders, at these costs (F: a forward pass over one chunk):
 
     plain training   3 (K + 1) F     a gradient is a forward, and a backward of twice its cost
     first order      3 (K + 1) F     takes each g_j for a constant: two sums beside the inner loop
-    second order    (12 K + 3) F     exact: differentiates through each g_j, computing it again
+    second order    (12 K + 3) F     exact: g_j, g_j computed again, and 6 F to go through it
 
 Results of this repository are first order, unless they say otherwise.
 
@@ -45,9 +45,9 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
     """(gradients by name, outer loss) of a task x, y (B, T): the definition, in torch's own words.
 
     learner.loss(phi, x, y) runs the model with phi instead of its own parameters, by
-    torch.func.functional_call. grad_and_value(f) is a function like f that returns the derivative
-    by f's first argument, and f. It can be differentiated again: here the outer one goes through
-    the inner ones. An optimizer's step() cannot be, since it overwrites theta.
+    torch.func.functional_call. grad_and_value(f)(a) is (df/da, f(a)): values, nothing lands in
+    .grad. It can be differentiated again: here the outer one goes through the inner ones. An
+    optimizer's step() cannot be, since it overwrites theta.
 
     Training computes the same with the activations of one chunk alive: the tests compare them.
     """
@@ -59,6 +59,7 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
     def outer(parameters):
         return outer_loss(learner, *learner.vectors(parameters), x, y, gradient)
 
+    # detached, since grad_and_value tracks its argument itself
     parameters = {n: p.detach() for n, p in learner.named_parameters() if p.requires_grad}
     with unfused():
         return grad_and_value(outer)(parameters)
@@ -127,7 +128,7 @@ def normed(g, state, layout):
 
 
 def nothing(theta):
-    return ()
+    return ()  # an optimizer without a state
 
 
 DIRECTIONS = {"sgd": (sgd, nothing), "adamw": (adamw, adamw_start), "normed": (normed, nothing)}
@@ -148,13 +149,13 @@ def choose(table: dict, word: str):
 class MAML(nn.Module):
     """forward maps a task, x and y (B, T) with B a multiple of inner_steps + 1, to its outer loss.
 
-    inner_optimizer is a key of DIRECTIONS, objective of OBJECTIVES, inner_schedule of SCHEDULES,
-    which begin after inner_warmup steps of linear warm-up. learn_inner_lr: 'no', or a learned rate
-    for each 'tensor' or 'element', from inner_lr on. inner_decay: the share of the way back to
-    theta that each step takes (dynamic evaluation, Krause et al. 2018, arXiv 1709.07432).
+    inner_optimizer is a key of DIRECTIONS, objective of OBJECTIVES. inner_schedule, of SCHEDULES,
+    begins after inner_warmup steps of linear warm-up. learn_inner_lr: 'no', or a learned rate for
+    each 'tensor' or 'element', from inner_lr on. inner_decay: the share of the way back to theta
+    that each step takes first (dynamic evaluation, Krause et al. 2018, arXiv 1709.07432).
     autocast: the dtype of matrix products. Parameters that require no gradient when the learner
-    is made are left as they are. backward() gives the outer gradient; in second order
-    torch.autograd.grad raises, as reentrant checkpoints do not know it.
+    is made are frozen: the inner loop skips them too. In second order use backward(), since
+    torch.autograd.grad raises on reentrant checkpoints.
     ValueError for an unknown word, and for parameters of several dtypes or devices.
     """
 
@@ -174,8 +175,11 @@ class MAML(nn.Module):
         inner_decay: float = 0.0,
     ):
         super().__init__()
-        if inner_lr <= 0 or min(inner_steps, inner_warmup, inner_decay) < 0:
-            raise ValueError("inner_lr must be positive, and no other number negative")
+        right = min(inner_steps, inner_warmup) >= 0 and 0 <= inner_decay <= 1
+        if not (right and (inner_steps == 0 or 0 < inner_lr < math.inf)):
+            raise ValueError(
+                "inner_lr must be positive, inner_decay a share, the rest not negative"
+            )
         self.model, self.inner_steps, self.inner_lr = model, inner_steps, inner_lr
         self.direction, self.start = choose(DIRECTIONS, inner_optimizer)
         self.schedule, self.inner_warmup = choose(SCHEDULES, inner_schedule), inner_warmup
@@ -193,9 +197,10 @@ class MAML(nn.Module):
         self.log_inner_lr = None
         if (count := choose(counts, learn_inner_lr)) and inner_steps:
             self.log_inner_lr = nn.Parameter(self.constant(math.log(inner_lr)).repeat(count))
-        if compile:  # whole functions: a compiled loss under an eager grad would run uncompiled
+        self.last_loss = self.loss
+        if compile:  # outer functions: a compiled loss in an eager grad would run uncompiled
             whole = partial(torch.compile, fullgraph=True, dynamic=False)
-            self.plain_loss, self.last_loss = whole(self.plain_loss), whole(self.last_loss)
+            self.plain_loss, self.last_loss = whole(self.plain_loss), whole(self.loss)
             self.first_order_step = whole(self.first_order_step)
             self.unfused_gradient = whole(self.unfused_gradient)
 
@@ -205,6 +210,9 @@ class MAML(nn.Module):
         theta, log_lr = self.vectors()
         if self.first_order:
             return self.first_order_loss(theta, log_lr, x, y)
+        # Of an inner step checkpoint keeps phi alone. The gradient is computed again, with its
+        # graph, when autograd comes back. torch's other kind of checkpoint (use_reentrant=False)
+        # works by hooks, which torch.func forbids.
         gradient = partial(checkpoint, self.unfused_gradient, use_reentrant=True)
         return outer_loss(self, theta, log_lr, x, y, gradient)
 
@@ -268,15 +276,8 @@ class MAML(nn.Module):
         with torch.autocast(kind, self.autocast, self.autocast is not None, cache_enabled=False):
             return functional_call(self.model, parameters, (x, y))[1]  # tied weights stay tied
 
-    # What training calls, and compiles. Of an inner step in second order, checkpoint keeps phi
-    # alone. The gradient is computed again, with its graph, when autograd comes back. torch's
-    # other kind of checkpoint (use_reentrant=False) works by hooks, which torch.func forbids.
-
     def plain_loss(self, x, y):
         return self.model_loss(dict(self.model.named_parameters()), x, y)
-
-    def last_loss(self, phi, x, y):
-        return self.loss(phi, x, y)
 
     def unfused_gradient(self, phi, x, y):
         with unfused():  # inside, since contexts outside a compiled function are not compiled
@@ -300,7 +301,8 @@ class MAML(nn.Module):
 
     def first_order_loss(self, theta: Tensor, log_lr: Tensor | None, x, y) -> Tensor:
         with torch.no_grad():
-            start, phi = theta.detach(), theta.detach()  # one object twice compiles a second graph
+            # two tensors: one object as both arguments would compile a second graph
+            start, phi = theta.detach(), theta.detach()
             rates, state, total = self.rates(log_lr), self.start(start), 0.0
             d_theta = torch.zeros_like(start)
             d_log_lr = None if log_lr is None else torch.zeros_like(start)
@@ -311,8 +313,8 @@ class MAML(nn.Module):
                     sums, start, phi, state, rates, chunk, *how
                 )
                 total = total + loss
-        # backward() and DDP need a loss to begin from: d_theta is the gradient of theta @ d_theta,
-        # which, less its own value, adds nothing to the loss.
+        # Backward must leave d_theta in the gradient of theta, as DDP awaits: theta @ d_theta has
+        # that gradient. Less its own value, it adds nothing to the loss.
         linear = theta @ d_theta
         if log_lr is not None:
             linear = linear + self.by_element(log_lr) @ d_log_lr

@@ -98,7 +98,7 @@ def write_whole(path: Path, write):
             file.flush()
             os.fsync(file.fileno())  # or a power cut may keep the rename and lose the content
         os.replace(temporary, path)
-    except RuntimeError as error:  # as which torch.save hides a full disk
+    except RuntimeError as error:  # torch.save raises this where a disk is full
         raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def load_checkpoint(source: str | Path, block_size: int | None = None) -> tuple[
             why = f"{type(error).__name__}: {str(error)[:200]}"
             raise ValueError(f"{path} is cut short, or no checkpoint of a GPT ({why})") from error
     args, weights = ckpt["model_args"], ckpt["model"]
-    if block_size and block_size < args["block_size"]:
+    if block_size and block_size < args.get("block_size", 0):
         args = args | {"block_size": block_size}
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
     model = GPT(GPTConfig(**args))
@@ -176,7 +176,8 @@ def from_transformers(name: str) -> dict:
             weights = hf.float().state_dict()
             odd = sorted(found["missing_keys"])  # these would be random
     except Exception as error:  # of many kinds
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first, _, _ = str(error).strip().partition("\n")
+        why = f"{type(error).__name__}: {first}"
         if Path(name).exists():
             raise ValueError(f"{name} holds no whole GPT-2 of transformers ({why})") from error
         what = f"no checkpoint at {name} here, nor on the hub, or offline"
@@ -205,17 +206,6 @@ def tokenizer_of(ckpt: dict) -> str:
     return found[0]
 
 
-def inner_of(ckpt: dict) -> str | None:
-    """The inner optimizer that a checkpoint's rates are for."""
-    return ckpt.get("inner", {}).get("inner_optimizer")
-
-
-def rates_of(learner) -> dict:
-    """The part of a learner that a checkpoint keeps beside its model."""
-    rates = learner.log_inner_lr
-    return {} if rates is None else {"log_inner_lr": rates.detach()}
-
-
 @torch.no_grad()
 def load_rates(learner, saved: dict):
     """Rates that a checkpoint's learner has. That of a tensor fills its elements."""
@@ -227,10 +217,6 @@ def load_rates(learner, saved: dict):
     new.copy_(old if len(old) == len(new) else learner.by_element(old.to(new.device)))
 
 
-def save_checkpoint(out: Path, ckpt: dict):
-    write_whole(out / "ckpt.pt", lambda file: torch.save(ckpt, file))
-
-
 # --------------------------------------------------------------------------------------------------
 # the log
 
@@ -238,7 +224,7 @@ def save_checkpoint(out: Path, ckpt: dict):
 def open_log(out: Path, header: dict, first_step: int, resume: bool):
     """Begins log.jsonl with the run's header; of an earlier one, rows before first_step stay.
 
-    So do readings of the checkpoint that it goes on from, not those of a model that is gone.
+    What adapt.py read with the checkpoint that it goes on from stays too.
     """
     path, rows = out / "log.jsonl", []
     if not resume and (path.exists() or (out / "ckpt.pt").exists()):
@@ -262,7 +248,7 @@ def where_and_how(device: torch.device, world_size: int) -> dict:
     git = "git describe --always --dirty --abbrev=40 --exclude='*'"  # by a shell: it may be absent
     how = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
     on_gpu = device.type == "cuda"
-    kind = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} {device.type}"
+    kind = torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} {device.type}"
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": subprocess.run(git, **how).stdout.strip() or "unknown",

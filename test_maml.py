@@ -812,6 +812,8 @@ def test_adamws_options_are_those_of_a_grid_at_rates_of_their_own(tmp_path, monk
     best = {"lr": 8e-3, "steps": 2, "frozen": True, "beta2": 0.95}
     assert adapt.best_options("adamw", valleys) == best
     assert adapt.best_options("adamw", lambda *_: math.inf).keys() == best.keys()
+    steep = adapt.best_options("adamw", lambda o, _: math.inf if o["lr"] > 2e-5 else -o["lr"])
+    assert steep["lr"] > 5e-6  # found although the first steps blow up
     for role, chosen in {"heldout": None, "tune": {"lr": 0.5}}.items():
         row = {"kind": "adapt", "rule": "adamw", "role": role, "options": {"lr": 0.5}}
         log = write(tmp_path, {"log.jsonl": json.dumps(row) + "\n"}) / "log.jsonl"
@@ -908,7 +910,7 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     before, after = (float(re.search(r"^none +1 +(\S+)", t, re.M)[1]) for t in (first, second))
     assert after < before - 0.5
     assert "adamw is not tuned" in second and "fewer examples" not in second  # no log beside it
-    with refused(match="would overwrite .*: choose another path"):
+    with refused(match=r"would overwrite .*: choose another path"):
         adapt.main([str(saved), *notes, f"--save={saved}"])
     rows = plot.read_log(trained / "maml")
     shutil.copy(saved, trained / "maml/learned.pt")
@@ -1154,6 +1156,9 @@ MISTAKES = [
     (dict(resume=True, nesterov=True), "nesterov=False"),
     (dict(resume=True, plain_steps=1), "plain_steps=0 (now 1)"),
     (dict(resume=True, inner_lr=0.5), "rates began at 0.02: leave inner_lr out"),
+    (dict(resume=True, learning_rate=0), "theta learns=True (now False)"),
+    (dict(learning_rate=0, plain_steps=2), "leaves plain_steps nothing to learn"),
+    (dict(eval_rows=2), "eval_rows=2 must exceed the 2 rows of a chunk"),
     (dict(plain_steps=9), "max_steps=6 must include plain_steps"),
     (dict(device="cuda:77"), "no device 'cuda:77' here"),
 ]

@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +34,7 @@ from tasks import Dataset, lock
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 AT_LEAST_1 = (*SHAPE[:-1], "batch_size", "tasks_per_step", "plain_batch_size")
 AT_LEAST_1 += ("plain_tasks_per_step", "eval_interval", "eval_passages", "eval_rows")
-KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov", "plain_steps")  # on resume
+KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov", "plain_steps")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of matrix products
 # how far a run has come, and what it cost; the first steps of a process compile
 NEW = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "compile_seconds": 0.0}
@@ -97,6 +98,11 @@ class Config:
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
         if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
             raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
+        if self.learning_rate == 0 and self.plain_steps:
+            raise ValueError("learning_rate=0 leaves plain_steps nothing to learn: leave them out")
+        rows = self.batch_size // (self.inner_steps + 1)
+        if self.inner_steps and self.eval_rows <= rows:
+            raise ValueError(f"eval_rows={self.eval_rows} must exceed the {rows} rows of a chunk")
         if self.plain_steps > self.max_steps:
             raise ValueError(f"max_steps={self.max_steps} must include plain_steps")
 
@@ -131,7 +137,8 @@ def train(given: dict):
             raise ValueError(f"the checkpoint has the shape {wrong}: leave these fields out")
         cfg = replace(cfg, **shape)
     plain_cfg = plainly(cfg)
-    data, plain_data = make_dataset(cfg), make_dataset(plain_cfg)
+    data = make_dataset(cfg)
+    plain_data = make_dataset(plain_cfg) if cfg.plain_steps else data
     if model is None:
         vocab_size = -(-data.meta["vocab_size"] // 64) * 64  # as matrix units like it
         shape = {name: getattr(cfg, name) for name in SHAPE}
@@ -140,7 +147,9 @@ def train(given: dict):
         raise ValueError(f"{data.root} has other tokens than the checkpoint: prepare it alike")
 
     # learner and optimizer
-    if rates := ckpt.get("learner") if cfg.inner_optimizer == run.inner_of(ckpt) else None:
+    learns = cfg.inner_steps and cfg.learn_inner_lr != "no"
+    same = cfg.inner_optimizer == ckpt.get("inner", {}).get("inner_optimizer")
+    if rates := ckpt["learner"] if learns and same else {}:  # of its own inner optimizer alone
         if given.get("inner_lr", ckpt["inner"]["inner_lr"]) != ckpt["inner"]["inner_lr"]:
             raise ValueError(
                 f"the checkpoint's rates began at {ckpt['inner']['inner_lr']}: leave inner_lr out"
@@ -160,7 +169,7 @@ def train(given: dict):
     learner = MAML(model, **inner, **compute).to(device)
     plain_learner = MAML(model, inner_steps=0, **compute)
     optimizer = make_optimizer(cfg, learner)
-    at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # what its beginning has cost, it costs
+    at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # costs add up over init_from
     if rates:
         run.load_rates(learner, rates)
     if resumed:
@@ -199,9 +208,12 @@ def train(given: dict):
             check_finite(step, sum(losses["loss"].values()))  # 'online' is only watched
         if rank == 0 and (evaluated or stop):
             ckpt = {"model": model.state_dict(), "model_args": asdict(model.config)}
-            ckpt |= {"learner": run.rates_of(learner), "inner": inner | {"rows": rows}}
+            learned = learner.log_inner_lr
+            ckpt |= {"learner": {} if learned is None else {"log_inner_lr": learned.detach()}}
+            ckpt |= {"inner": inner | {"rows": rows}}  # what reads a text with it
             ckpt |= {"optimizer": optimizer.state_dict(), "config": header["config"]}
-            run.save_checkpoint(out, ckpt | {"dataset": header["dataset"], **at})
+            ckpt |= {"dataset": header["dataset"], **at}
+            run.write_whole(out / "ckpt.pt", partial(torch.save, ckpt))
         if rank == 0 and evaluated:
             run.append_row(out, {"kind": "val", **at, **losses, **rates_moved(learner)})
             bar.write(one_line(step, losses, data.roles))
@@ -210,8 +222,7 @@ def train(given: dict):
 
         began, first = time.perf_counter(), ddp is None or step == cfg.plain_steps
         now = plain_cfg if plain else cfg
-        if first:  # of the plain steps, or of the others
-            ddp = None  # two DDPs on one model would both wait for its gradients
+        if first:  # of the plain steps, or of the others; one DDP at a time hooks the gradients
             ddp = plain_learner if plain else learner
             if world_size > 1:
                 ddp = DDP(ddp, gradient_as_bucket_view=True)
@@ -220,7 +231,7 @@ def train(given: dict):
         mine, loss = now.tasks_per_step // world_size, torch.zeros((), device=device)
         for i in range(mine):
             # DDP averages over the ranks, each of which has as many tasks: the mean over all tasks.
-            # Only the last task's backward need talk to the other ranks.
+            # Ranks exchange gradients once a step, in the backward of their last task.
             waits = world_size > 1 and i < mine - 1
             with ddp.no_sync() if waits else nullcontext():
                 task_loss = ddp(*xy) / mine
@@ -228,6 +239,8 @@ def train(given: dict):
             xy = next(batches, None)  # drawn while a GPU works
             loss += task_loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        if learner.log_inner_lr is not None and learner.log_inner_lr.grad is not None:
+            grad_norm = grad_norm + 0 * learner.log_inner_lr.grad.norm()  # not finite: it shows
         # all ranks learn the mean loss, and whether one of them was asked to stop
         asked = loss.new_tensor(float(bool(stop_signals)))
         numbers = torch.stack([loss, grad_norm, asked]) / world_size
@@ -270,14 +283,8 @@ def plainly(cfg: Config) -> Config:
 
 
 def make_dataset(cfg: Config) -> Dataset:
-    return Dataset(
-        Path(cfg.data_dir, cfg.dataset),
-        block_size=cfg.block_size,
-        batch_size=cfg.batch_size,
-        tasks_per_step=cfg.tasks_per_step,
-        tasks=cfg.tasks,
-        seed=cfg.seed,
-    )
+    root, sizes = Path(cfg.data_dir, cfg.dataset), (cfg.batch_size, cfg.tasks_per_step)
+    return Dataset(root, cfg.block_size, *sizes, cfg.tasks, cfg.seed)
 
 
 def draw(cfg: Config, data: Dataset, plain_data: Dataset, first: int, rank, world_size, device):
@@ -352,7 +359,7 @@ def cost_of_step(cfg: Config, model: GPT) -> tuple[int, float]:
     """
     tokens, K = cfg.tasks_per_step * cfg.batch_size * cfg.block_size, cfg.inner_steps
     forwards = ((3 if cfg.first_order else 12) * K + 3) / (K + 1)
-    each = {"sgd": 2, "adamw": 15, "normed": 12}.get(cfg.inner_optimizer, 2) + 5
+    each = {"sgd": 2, "adamw": 15, "normed": 12}.get(cfg.inner_optimizer, 9) + 5
     elements = each * K * cfg.tasks_per_step * sum(p.numel() for p in model.parameters())
     return tokens, forwards * tokens * model.flops_per_token(cfg.block_size) + elements
 
@@ -367,8 +374,11 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{cfg.out_dir} has no run of train.py: give its ckpt.pt as --init_from")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
-    old = {k: ckpt["config"].get(k) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
+    old = {k: ckpt["config"].get(k, 0) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
     new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
+    old["theta learns"], new["theta learns"] = (
+        lr > 0 for lr in (ckpt["config"]["learning_rate"], cfg.learning_rate)
+    )
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
@@ -387,13 +397,8 @@ def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt
         "params": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": tokens,
         "flops_per_step": flops,
-        "dataset": {
-            "name": cfg.dataset,
-            "tokenizer": data.meta["tokenizer"],
-            "roles": data.roles,
-            "sha256": data.sha256,
-            "trained": sorted(trained),
-        },
+        "dataset": dict(name=cfg.dataset, tokenizer=data.meta["tokenizer"], roles=data.roles)
+        | dict(sha256=data.sha256, trained=sorted(trained)),
     }
 
 
@@ -420,7 +425,7 @@ def catch_signals() -> list:
     """A list that fills when the run is asked to stop, by Slurm, torchrun or a person."""
     caught = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: caught.append(1))
+        signal.signal(number, lambda number, _: caught.append(number))
     return caught
 
 
