@@ -221,9 +221,12 @@ def adapt(args):
 
 
 def untuned(rule: str, model: GPT) -> dict:
-    """START is for a million parameters. A step on n of them is sqrt(n) times its rate long."""
-    shorter = min(1.0, (1e6 / sum(p.numel() for p in model.parameters())) ** 0.5)
-    return START[rule] | {"lr": START[rule]["lr"] * shorter}
+    """START is for a million parameters. AdamW's best rate was 1.6e-4 at 135 million.
+
+    Of dynamic evaluation steps as long are assumed: one on n parameters is sqrt(n) its rate.
+    """
+    n = max(1.0, sum(p.numel() for p in model.parameters()) / 1e6)
+    return START[rule] | {"lr": START[rule]["lr"] / n ** (0.25 if rule == "adamw" else 0.5)}
 
 
 def show_text(args, ckpt: dict, model: GPT, tokenizer, learned: dict, rule: str):
