@@ -4,7 +4,8 @@
 
 Prints the mean difference on all domains but tune in nats per token (here a byte), half of its 95%
 interval over seeds and over domains, and how many times fewer training tokens come to the
-opponent's loss. Fails if one of these figures is not as expected.
+opponent's loss. A domain where one of both has no finite loss is left out, and named. Fails if
+one of these figures is not as expected.
 """
 
 import argparse
@@ -48,6 +49,10 @@ def main(argv=None):
         chosen.append(min(rows, key=lambda row: fmean(loss(r, tune) for r in logs[row].values())))
     ours, theirs = (logs[key] for key in chosen)
     seeds, times = sorted(ours.keys() & theirs.keys()), []
+    failed = {d for d in told for s in seeds if not math.isfinite(ours[s][d][0] + theirs[s][d][0])}
+    told = [domain for domain in told if domain not in failed]
+    if failed:
+        print("left out, as a loss is not finite:", *sorted(failed))
     gaps = [[ours[s][d][0] - theirs[s][d][0] for d in told] for s in seeds]
     for s in seeds:
         runs = [logs[key][s] for key in logs if key[1:] == chosen[0][1:] and s in logs[key]]
