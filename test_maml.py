@@ -1267,6 +1267,12 @@ def test_a_run_goes_on_as_it_is_asked_for_and_one_without_a_checkpoint_begins_ag
     assert log_of(pretrain(max_steps=3, init_from="resume")) == log
 
 
+def test_the_seconds_of_a_log_leave_compilation_out(pretrain, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    last = plot.read_log(pretrain(compile=True, max_steps=1))[-1]
+    assert last["compile_seconds"] > 0 == last["seconds"]
+
+
 def test_what_is_not_finite_stops_the_run_and_leaves_the_checkpoint_whole(pretrain, tmp_path):
     wild = dict(learning_rate=1e25, warmup_steps=0, **PLAIN)
     for interval, at in ((6, "in training"), (1, "in an evaluation")):
