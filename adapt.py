@@ -60,25 +60,14 @@ class Reader:
     def __init__(self, ckpt: dict, model: GPT, statistics):
         self.ckpt, self.model, self.statistics = ckpt, model, statistics
         self.own_rows = ckpt["inner"]["rows"] if ckpt.get("inner", {}).get("inner_steps") else None
-        self.mean_square, self.last, self.last_x = None, {}, None
+        self.mean_square = None
 
-    def read(self, rule: str, x, y, **options):
+    def read(self, rule: str, x, y, found=None, **options):
         """Losses (P, R) of the rows of passages x, y (P, R, T), each before it was learned.
 
-        And the parameters that have learned the last passage, by name.
+        And the parameters that have learned the last passage, by name. found: what other rules
+        have found for these passages, {rule: both}, which 'safe' need not read again.
         """
-        if rule == "safe":  # most often both were just read
-            (own, phi), (none, _) = (
-                self.last[r] if r in self.last and self.last_x is x else self.read(r, x, y)
-                for r in ("own", "none")
-            )
-            finite = all(p.isfinite().all() for p in phi.values())  # if not, theta is left
-            return mixture(np.stack([own, none]), x.size(-1)), phi if finite else {}
-        self.last = self.last if self.last_x is x else {}
-        self.last_x, self.last[rule] = x, self.read_alone(rule, x, y, **options)
-        return self.last[rule]
-
-    def read_alone(self, rule: str, x, y, **options):
         device, rows = next(self.model.parameters()).device, 1
         x, y = x.to(device), y.to(device)
         if rule == "none":
@@ -86,6 +75,11 @@ class Reader:
                 each = zip(x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None], strict=True)
                 losses = torch.stack([self.model(*row)[1] for row in each])
             return losses.view(x.shape[:2]).cpu().numpy(), {}
+        if rule == "safe":
+            found = found or {}
+            (own, phi), (none, _) = (found.get(r) or self.read(r, x, y) for r in ("own", "none"))
+            finite = all(p.isfinite().all() for p in phi.values())  # if not, theta is left
+            return mixture(np.stack([own, none]), x.size(-1)), phi if finite else {}
         if rule == "own":
             learner = self.own()
             rows = min(self.own_rows, max(1, x.size(1) // 2))  # of a short text some is learned
@@ -142,9 +136,8 @@ def mixture(losses: np.ndarray, T: int) -> np.ndarray:
     at most the best expert's plus ln(experts) / n nats a token, whatever the text. An expert
     whose loss is not finite has a likelihood of zero from there on; one of them must have none.
     """
-    logs = -T * np.nan_to_num(losses.astype(float), nan=np.inf, posinf=np.inf).cumsum(
-        -1
-    )  # of the rows so far
+    losses = np.nan_to_num(losses.astype(float), nan=np.inf, posinf=np.inf)
+    logs = -T * losses.cumsum(-1)  # of the rows so far
     together = np.logaddexp.reduce(logs, 0) - np.log(len(losses))  # (P, R)
     return -np.diff(together, axis=-1, prepend=0) / T
 
@@ -158,9 +151,8 @@ def adapt(args):
     ckpt, model = run.load_checkpoint(args.run)
     path = Path(args.run)
     path = path / "ckpt.pt" if path.is_dir() else path
-    if args.save and (
-        Path(args.save).resolve() == path.resolve() or Path(args.save).name == "ckpt.pt"
-    ):
+    target = Path(args.save or "none")
+    if target.name == "ckpt.pt" or target.resolve() == path.resolve():
         raise ValueError(f"--save would overwrite {args.save}, a run's: choose another path")
     if args.options_from and not Path(args.options_from, "log.jsonl").is_file():
         raise ValueError(f"no log in {args.options_from}: give the folder of a run")
@@ -173,6 +165,8 @@ def adapt(args):
     if args.text:
         tokenizer = get_tokenizer(run.tokenizer_of(ckpt))
         passages, tune = {args.text: passage_of_text(args.text, tokenizer, model)}, []
+        if hash_of_text(args.text) in ckpt.get("read", []):
+            print(f"{args.text} was learned before: its loss is not that of unseen text")
     else:
         data, passages = unseen_passages(args, ckpt, reader.own_rows)
         tune = [domain for domain in passages if data.roles[domain] == "tune"]
@@ -190,22 +184,24 @@ def adapt(args):
             first = "adapt this run to" if "dataset" in ckpt else "train a run from it on"
             print(f"{rule} is not tuned: {first} a dataset with tune domains first")
     curves, weights = {name: {} for name in passages}, hash_of(model)  # {name: {rule: (R,)}}
+    costs, found = {rule: forwards(rule, options[rule]) for rule in rules}, {}
     todo = [(name, rule) for name in passages for rule in rules]
     for name, rule in tqdm(todo, "reading", disable=None):
         x, y = passages[name]
-        losses, learned = reader.read(rule, x, y, **options[rule])  # (P, R)
+        found = found if curves[name] else {}  # of this domain
+        found[rule] = reader.read(rule, x, y, found, **options[rule])
+        losses, learned = found[rule]  # (P, R)
         curves[name][rule] = losses.mean(0, dtype=float).round(4)
         # Only a run's own checkpoint is logged, and no rule that was not tuned.
         if path.name == "ckpt.pt" and not args.text and chosen.get(rule, True):
             row = {"kind": "adapt", "dataset": data.root.name, "sha256": hash_of_val(data, name)}
-            row |= {"model": weights}
+            row |= {"model": weights, "forwards": costs[rule]}
             row |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
             row |= {"domain": name, "role": "tune" if name in tune else "heldout", "rule": rule}
             row |= {"options": options[rule], "row_tokens": x.size(-1), "passages": len(x)}
-            row |= {"forwards": forwards(rule, options[rule]), "loss": curves[name][rule].tolist()}
-            row["by_passage"] = losses.mean(1, dtype=float).round(4).tolist()
+            row |= {"loss": curves[name][rule].tolist()}
+            row |= {"by_passage": losses.mean(1, dtype=float).round(4).tolist()}
             run.append_row(path.parent, row)
-    costs = {rule: forwards(rule, options[rule]) for rule in rules}
     for name in passages:
         table(name, curves[name], costs, *passages[name][0].shape[::2])
     mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
@@ -237,10 +233,10 @@ def show_text(args, ckpt: dict, model: GPT, tokenizer, learned: dict, rule: str)
     model.load_state_dict(learned, strict=False)
     if args.save:
         kept = {key: value for key, value in ckpt.items() if key != "optimizer"}
-        text = hashlib.sha256(Path(args.text).read_bytes()).hexdigest()
-        kept |= {"model": model.state_dict(), "read": [*ckpt.get("read", []), text]}
+        kept["model"], kept["read"] = model.state_dict(), ckpt.get("read", [])
+        kept["read"] = [*kept["read"], hash_of_text(args.text)]
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
-        run.write_whole(Path(args.save), lambda file: torch.save(kept, file))
+        run.write_whole(Path(args.save), partial(torch.save, kept))
         print(f"\nsaved: python adapt.py {args.save} --text FILE goes on from here")
     print(f"\nbefore:\n{before}")
     print(f"\nafter reading by {rule!r}:\n{sample(args, model, tokenizer)}")
@@ -360,6 +356,10 @@ def logged_options(log: Path, rule: str) -> dict | None:
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("rule") == rule and row["role"] == "tune"]
     return rows[-1]["options"] if rows else None
+
+
+def hash_of_text(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def hash_of(model: GPT) -> str:

@@ -778,9 +778,9 @@ def test_an_opponent_s_options_are_chosen_on_tune_domains_alone(
     tune, _ = tasks.Dataset(data_dir / "tiny", 16).passages("tune", 2, 4)
     seen, read = [], adapt.Reader.read
 
-    def reading(self, rule, x, y, **options):
+    def reading(self, rule, x, y, *found, **options):
         seen.append(x)
-        return read(self, rule, x, y, **options)
+        return read(self, rule, x, y, *found, **options)
 
     monkeypatch.setattr(adapt.Reader, "read", reading)
     shutil.copy(trained / "plain/ckpt.pt", tmp_path)
@@ -897,6 +897,7 @@ def test_a_text_of_ones_own_is_learned_and_what_was_learned_can_be_kept(trained,
     before, after = (float(re.search(r"^none +1 +(\S+)", t, re.M)[1]) for t in (first, second))
     assert after < before - 0.5
     assert "adamw is not tuned" in second and "fewer examples" not in second  # no log beside it
+    assert "was learned before" in second and "was learned before" not in first
     with refused(match=r"would overwrite .*: choose another path"):
         adapt.main([str(saved), *notes, f"--save={saved}"])
     rows = plot.read_log(trained / "maml")
