@@ -67,23 +67,24 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
 
 def outer_loss(learner: "MAML", theta: Tensor, log_lr: Tensor | None, x, y, gradient) -> Tensor:
     """Learns all chunks of a task but the last, which is only predicted. A scalar."""
-    *support, (x_last, y_last) = learner.chunks(x, y)
-    losses, phi = inner_loop(learner, theta, learner.rates(log_lr), support, gradient)
-    losses = torch.stack([*losses, learner.last_loss(phi, x_last, y_last)])  # (K + 1,)
-    return learner.constant(learner.loss_weights) @ losses
+    *support, last = learner.chunks(x, y)
+    step = partial(learner.step, gradient)
+    losses, phi = inner_loop(learner, theta, learner.rates(log_lr), support, step)
+    losses.append(learner.last_loss(phi, *last))
+    return learner.constant(learner.loss_weights) @ torch.stack(losses)  # of K + 1 each
 
 
-def inner_loop(learner: "MAML", theta: Tensor, rates: Tensor, chunks: list, gradient):
+def inner_loop(learner: "MAML", theta: Tensor, rates: Tensor, chunks: list, step):
     """Learns chunks [(x_j, y_j), ...], each (rows, T), one after the other, beginning at theta.
 
-    gradient(phi, x, y) returns (g (N,), loss). Returns the chunks' losses, each before it was
-    learned, and phi (N,) after the last.
+    step is learner.step with a gradient of the caller's choice. Returns the chunks' losses, each
+    before it was learned, and phi (N,) after the last.
     """
-    phi, state, losses = theta, learner.start(theta), []
-    for (xj, yj), factor in zip(chunks, learner.factors(len(chunks)), strict=True):
-        g, loss = gradient(phi, xj, yj)
+    # a view, since one object as two arguments of a compiled step would compile a second graph
+    phi, state, losses = theta.view(-1), learner.start(theta), []
+    for chunk, factor in zip(chunks, learner.factors(len(chunks)), strict=True):
+        loss, phi, state = step(phi, theta, factor, rates, state, *chunk)
         losses.append(loss)
-        phi, state = learner.step(phi, theta, factor * rates, g, state)
     return losses, phi
 
 
@@ -256,12 +257,16 @@ class MAML(nn.Module):
         span = warmup + [self.schedule(j / (K - w)) for j in range(K - w)]
         return self.constant([span[j % K] for j in range(n)])
 
-    def step(self, phi, theta, rates, g, state):
-        """The step of every inner loop here. Returns phi and the optimizer's state."""
+    def step(self, gradient, phi, theta, factor, rates, state, x, y):
+        """The inner step: the loss before it, and phi and the optimizer's state after it.
+
+        gradient(phi, x, y) returns (g (N,), loss).
+        """
+        g, loss = gradient(phi, x, y)
         d, state = self.direction(g, state, self.layout)
         if self.inner_decay:
             phi = phi + self.inner_decay * (theta - phi)
-        return torch.addcmul(phi, rates, d, value=-1), state  # phi - rates * d
+        return loss, torch.addcmul(phi, factor * rates, d, value=-1), state  # phi - factor rates d
 
     def loss(self, phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return self.model_loss(self.by_name(phi), x, y)
@@ -301,18 +306,18 @@ class MAML(nn.Module):
 
     def first_order_loss(self, theta: Tensor, log_lr: Tensor | None, x, y) -> Tensor:
         with torch.no_grad():
-            # two tensors: one object as both arguments would compile a second graph
-            start, phi = theta.detach(), theta.detach()
-            rates, state, total = self.rates(log_lr), self.start(start), 0.0
-            d_theta = torch.zeros_like(start)
-            d_log_lr = None if log_lr is None else torch.zeros_like(start)
-            sums, chunks = (d_theta, d_log_lr), self.chunks(x, y)
-            weights, factors = self.constant(self.loss_weights), self.factors(len(chunks))
-            for chunk, *how in zip(chunks, weights, factors, strict=True):
-                loss, phi, state = self.first_order_step(
-                    sums, start, phi, state, rates, chunk, *how
-                )
-                total = total + loss
+            d_theta = torch.zeros_like(theta)
+            d_log_lr = None if log_lr is None else torch.zeros_like(theta)
+            weights = self.constant(self.loss_weights)
+            each = iter(weights)
+
+            def step(*where):
+                return self.first_order_step(d_theta, d_log_lr, next(each), *where)
+
+            # The last chunk is learned too, though that phi is not used: it shares a graph.
+            rates, chunks = self.rates(log_lr), self.chunks(x, y)
+            losses, _ = inner_loop(self, theta.detach(), rates, chunks, step)
+            total = weights @ torch.stack(losses)
         # Backward must leave d_theta in the gradient of theta, as DDP awaits: theta @ d_theta has
         # that gradient. Less its own value, it adds nothing to the loss.
         linear = theta @ d_theta
@@ -320,17 +325,18 @@ class MAML(nn.Module):
             linear = linear + self.by_element(log_lr) @ d_log_lr
         return total + (linear - linear.detach())
 
-    def first_order_step(self, sums, theta, phi, state, rates, chunk, weight, factor):
-        """An inner step that adds to the sums. Its part of the outer loss, and phi and state.
+    def first_order_step(self, d_theta, d_log_lr, weight, phi, theta, *where):
+        """The inner step with a gradient that adds to both sums, in place: nothing differentiates
+        through them."""
 
-        The phi after the last chunk is not used. All chunks share one compiled graph that way.
-        """
-        d_theta, d_log_lr = sums  # changed in place: nothing differentiates through them
-        g, loss = self.gradient(phi, *chunk)
-        d_theta.addcmul_(g, weight)
-        if d_log_lr is not None:
-            d_log_lr.addcmul_((phi - theta).mul_(g), weight)
-        return weight * loss, *self.step(phi, theta, factor * rates, g, state)
+        def gradient(phi, x, y):
+            g, loss = self.gradient(phi, x, y)
+            d_theta.addcmul_(g, weight)
+            if d_log_lr is not None:
+                d_log_lr.addcmul_((phi - theta).mul_(g), weight)
+            return g, loss
+
+        return self.step(gradient, phi, theta, *where)
 
     @torch.no_grad()
     def bound_rates(self):
@@ -357,7 +363,7 @@ class MAML(nn.Module):
 
         def one(x, y):  # (R, T)
             chunks = list(zip(x.split(rows), y.split(rows), strict=True))
-            losses, phi = inner_loop(self, theta, rates, chunks, self.gradient)
+            losses, phi = inner_loop(self, theta, rates, chunks, partial(self.step, self.gradient))
             return torch.stack(losses), phi
 
         if len(x) == 1 or self.autocast:
