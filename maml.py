@@ -311,8 +311,8 @@ class MAML(nn.Module):
             weights = self.constant(self.loss_weights)
             each = iter(weights)
 
-            def step(*where):
-                return self.first_order_step(d_theta, d_log_lr, next(each), *where)
+            def step(*rest):
+                return self.first_order_step(d_theta, d_log_lr, next(each), *rest)
 
             # The last chunk is learned too, though that phi is not used: it shares a graph.
             rates, chunks = self.rates(log_lr), self.chunks(x, y)
@@ -325,7 +325,7 @@ class MAML(nn.Module):
             linear = linear + self.by_element(log_lr) @ d_log_lr
         return total + (linear - linear.detach())
 
-    def first_order_step(self, d_theta, d_log_lr, weight, phi, theta, *where):
+    def first_order_step(self, d_theta, d_log_lr, weight, phi, theta, *rest):
         """The inner step with a gradient that adds to both sums, in place: nothing differentiates
         through them."""
 
@@ -336,7 +336,7 @@ class MAML(nn.Module):
                 d_log_lr.addcmul_((phi - theta).mul_(g), weight)
             return g, loss
 
-        return self.step(gradient, phi, theta, *where)
+        return self.step(gradient, phi, theta, *rest)
 
     @torch.no_grad()
     def bound_rates(self):

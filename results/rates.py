@@ -1,6 +1,6 @@
 """The learned rates of checkpoints, a picture: which tensors learn fast.
 
-    python results/rates.py out/rates_demo out/maml_demo -o results/rates.png
+    python results/rates.py out/maml_demo out/maml_adamw_demo -o results/rates.png
 
 A line spans nine tenths of a tensor's elements, a dot is their median. The rates begin at inner_lr.
 """
