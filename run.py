@@ -124,9 +124,8 @@ def load_checkpoint(source: str | Path, block_size: int | None = None) -> tuple[
     else:
         path = path / "ckpt.pt" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no checkpoint at {path}: train first, or give a ckpt.pt's path"
-            )
+            remedy = "train first, or give a ckpt.pt's path"
+            raise FileNotFoundError(f"no checkpoint at {path}: {remedy}")
         try:
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
             ckpt["model"], ckpt["model_args"] = as_ours(ckpt["model"], ckpt["model_args"])
@@ -200,9 +199,7 @@ def tokenizer_of(ckpt: dict) -> str:
     names = {"gpt2": (50257, 50304), "bytes": (257, 320)}  # as they are, and as they are padded
     found = [name for name, sizes in names.items() if size in sizes]
     if not found:
-        raise ValueError(
-            f"the checkpoint has {size} ids, which no tokenizer here has: bytes or gpt2"
-        )
+        raise ValueError(f"the checkpoint has {size} ids, which no tokenizer here has: {[*names]}")
     return found[0]
 
 
@@ -231,9 +228,9 @@ def open_log(out: Path, header: dict, first_step: int, resume: bool):
         raise ValueError(f"{out} holds a run: --init_from=resume goes on; or another out_dir")
     if path.exists():
         rows = map(json.loads, path.read_text().split("\n")[:-1])  # a line cut short has no end
-        last = first_step or -1  # from the start: nothing that was read is this run's
-        rows = [r for r in rows if r.get("step", -1) < first_step or r["kind"] == "adapt"]
-        rows = [r for r in rows if r["kind"] != "adapt" or r["step"] <= last]
+        # what was read at first_step was read by this model, if it has taken any step
+        end = {"adapt": first_step + (first_step > 0)}
+        rows = [r for r in rows if r.get("step", -1) < end.get(r["kind"], first_step)]
     text = "".join(json.dumps(row) + "\n" for row in [header, *rows])
     write_whole(path, lambda file: file.write(text.encode()))
 

@@ -150,11 +150,10 @@ def train(given: dict):
     learns = cfg.inner_steps and cfg.learn_inner_lr != "no"
     same = cfg.inner_optimizer == ckpt.get("inner", {}).get("inner_optimizer")
     if rates := ckpt["learner"] if learns and same else {}:  # of its own inner optimizer alone
-        if given.get("inner_lr", ckpt["inner"]["inner_lr"]) != ckpt["inner"]["inner_lr"]:
-            raise ValueError(
-                f"the checkpoint's rates began at {ckpt['inner']['inner_lr']}: leave inner_lr out"
-            )
-        cfg = replace(cfg, inner_lr=ckpt["inner"]["inner_lr"])
+        began_at = ckpt["inner"]["inner_lr"]  # the centre of their bound
+        if given.get("inner_lr", began_at) != began_at:
+            raise ValueError(f"the checkpoint's rates began at {began_at}: leave inner_lr out")
+        cfg = replace(cfg, inner_lr=began_at)
     inner = dict(
         inner_steps=cfg.inner_steps,
         inner_lr=cfg.inner_lr,
@@ -193,7 +192,9 @@ def train(given: dict):
         held = lock(out)  # no second process may write there
         run.open_log(out, header, at["step"], cfg.resume)
         print(f"{header['params']:,} parameters on {header['device']}", flush=True)
-    stop_signals, stop, ddp = catch_signals(), False, None
+    stop_signals, stop, ddp = [], False, None
+    for number in (signal.SIGTERM, signal.SIGINT):  # from Slurm, torchrun or a person
+        signal.signal(number, lambda number, _: stop_signals.append(number))
     batches = draw(cfg, data, plain_data, at["step"], rank, world_size, device)
     xy = next(batches, None)
     silent = True if rank else None  # None: no bar where the output is no terminal
@@ -419,14 +420,6 @@ def to_device(xy, device: torch.device):
     if device.type == "cuda":  # what is pinned is copied while the host goes on
         xy = [t.pin_memory() for t in xy]
     return [t.to(device, non_blocking=True) for t in xy]
-
-
-def catch_signals() -> list:
-    """A list that fills when the run is asked to stop, by Slurm, torchrun or a person."""
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: caught.append(number))
-    return caught
 
 
 def check_finite(step: int, value: float):
