@@ -32,7 +32,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad_and_value, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -272,8 +272,12 @@ class MAML(nn.Module):
         return self.model_loss(self.by_name(phi), x, y)
 
     def gradient(self, phi: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(g (N,), loss)."""
-        return grad_and_value(self.loss)(phi, x, y)
+        """(g (N,), loss): grad_and_value, by vjp, which asks whether anyone will differentiate g.
+
+        grad_and_value builds the graph of its backward even where gradients are off.
+        """
+        loss, backward = vjp(lambda phi: self.loss(phi, x, y), phi)
+        return backward(torch.ones_like(loss))[0], loss
 
     def model_loss(self, parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """The model's loss. Parameters that are not given are its own."""

@@ -240,15 +240,17 @@ def train(given: dict):
             xy = next(batches, None)  # drawn while a GPU works
             loss += task_loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        if learner.log_inner_lr is not None and learner.log_inner_lr.grad is not None:
-            grad_norm = grad_norm + 0 * learner.log_inner_lr.grad.norm()  # not finite: it shows
+        rates_grad = None if learner.log_inner_lr is None else learner.log_inner_lr.grad
+        size = loss.new_zeros(()) if rates_grad is None else rates_grad.abs().mean()
         # all ranks learn the mean loss, and whether one of them was asked to stop
         asked = loss.new_tensor(float(bool(stop_signals)))
-        numbers = torch.stack([loss, grad_norm, asked]) / world_size
+        numbers = torch.stack([loss, grad_norm, size, asked]) / world_size
         if world_size > 1:
             dist.all_reduce(numbers)
-        loss, grad_norm, stop = numbers.tolist()  # the one wait for a GPU
-        check_finite(step, loss + grad_norm)
+        loss, grad_norm, size, stop = numbers.tolist()  # the one wait for a GPU
+        check_finite(step, loss + grad_norm + size)
+        if rates_grad is not None:
+            set_eps(optimizer.param_groups[-1], size)
         optimizer.step()
         learner.bound_rates()
         learner.zero_grad()
@@ -301,14 +303,23 @@ def make_optimizer(cfg: Config, learner: MAML) -> torch.optim.Optimizer:
     groups = learner.model.parameter_groups(cfg.weight_decay)
     groups = [group | {"peak_lr": cfg.learning_rate} for group in groups if cfg.learning_rate]
     if (rates := learner.log_inner_lr) is not None:
-        # Gradients of log rates are far below 1e-8, which would be added to their root mean square.
-        free = {"betas": (0.9, 0.95), "eps": 1e-18, "weight_decay": 0.0}
-        groups.append({"params": [rates], "peak_lr": cfg.inner_lr_lr, **free})
+        group = {"betas": (0.9, 0.95), "weight_decay": 0.0}  # its eps: set_eps
+        groups.append({"params": [rates], "peak_lr": cfg.inner_lr_lr, **group})
     betas = (0.9, cfg.beta2)
     if cfg.nesterov:  # momentum_decay: beta1 from the first step on, as AdamW has it
         nadam = {"decoupled_weight_decay": True, "momentum_decay": 1e6}
         return torch.optim.NAdam(groups, betas=betas, **nadam)
     return torch.optim.AdamW(groups, betas=betas, fused=next(learner.parameters()).is_cuda)
+
+
+def set_eps(group: dict, size: float):
+    """AdamW's eps of the learned rates: a tenth of the mean size of their gradients.
+
+    These may be below 1e-8, and the usual eps would hold all rates still. With next to none, rates
+    of little evidence would step as far as any other, along noise: those of tokens that training
+    never saw grew until a text of such tokens blew up.
+    """
+    group["eps"] = max(0.1 * size, 1e-30)
 
 
 def lr_factor(cfg: Config, step: int) -> float:
