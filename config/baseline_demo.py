@@ -10,7 +10,7 @@ block_size, n_layer, n_head, n_embd = 128, 3, 4, 96
 tasks = "mixed"
 batch_size = 8
 tasks_per_step = 1
-max_steps = 3072
+max_steps = 2048
 
 learning_rate = 4e-3
 warmup_steps = 120
