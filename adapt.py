@@ -247,9 +247,8 @@ def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, di
     if "dataset" not in ckpt:
         raise ValueError(f"{args.run} does not say what it was trained on: give a --text to read")
     cfg, T = ckpt["config"], ckpt["model_args"]["block_size"]
-    data = Dataset(Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"]), T)
-    if data.meta["tokenizer"] != ckpt["dataset"]["tokenizer"]:
-        raise ValueError(f"{data.root} has other tokens: prepare it with the run's tokenizer")
+    root = Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"])
+    data = open_dataset(root, ckpt, T)
     n = T * (own_rows or 1)
     tokens = args.tokens or max(4096, 8 * n)
     if tokens < 2 * n and {"own", "safe"} & {*(args.rules or RULES)}:
@@ -265,6 +264,13 @@ def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, di
     if ckpt.get("read"):
         print("this checkpoint has read texts of yours: a domain that holds them is not unseen")
     return data, passages
+
+
+def open_dataset(root: Path, ckpt: dict, T: int, **options) -> Dataset:
+    data = Dataset(root, T, **options)
+    if data.meta["tokenizer"] != run.tokenizer_of(ckpt):
+        raise ValueError(f"{root} has other tokens: prepare it with the run's tokenizer")
+    return data
 
 
 def passage_of_text(text: str, tokenizer, model: GPT) -> tuple:
@@ -289,7 +295,7 @@ def statistics(args, ckpt: dict, model: GPT):
     cfg = ckpt.get("config", {})
     for data_dir in (args.data_dir, cfg.get("data_dir")) if cfg else ():
         if data_dir and Path(data_dir, cfg["dataset"], "meta.json").is_file():
-            data = Dataset(Path(data_dir, cfg["dataset"]), T, tasks_per_step=STATISTICS)
+            data = open_dataset(Path(data_dir, cfg["dataset"]), ckpt, T, tasks_per_step=STATISTICS)
             return [[t.to(device) for t in data.task(0, i)] for i in range(STATISTICS)]
     from pydoc_data.topics import topics
 

@@ -3,7 +3,7 @@
 A task is rows of text, cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
 
     inner   phi_0 = theta,   g_j = gradient of L_j at phi_j,   d_j, state = direction(g_j, state)
-            phi_j+1 = phi_j - factor_j alpha d_j
+            phi_j+1 = phi_j - factor_j alpha d_j    (inner_decay first pulls phi_j to theta)
     outer   theta and alpha take a step down the gradient of   sum_j w_j L_j(phi_j)
 
 Each chunk is predicted, then learned. So the outer loss is low where learning one chunk helps with
@@ -211,7 +211,7 @@ class MAML(nn.Module):
         theta, log_lr = self.vectors()
         if self.first_order:
             return self.first_order_loss(theta, log_lr, x, y)
-        # Of an inner step checkpoint keeps phi alone. The gradient is computed again, with its
+        # checkpoint stores only phi for each inner step. The gradient is computed again, with its
         # graph, when autograd comes back. torch's other kind of checkpoint (use_reentrant=False)
         # works by hooks, which torch.func forbids.
         gradient = partial(checkpoint, self.unfused_gradient, use_reentrant=True)
@@ -272,9 +272,10 @@ class MAML(nn.Module):
         return self.model_loss(self.by_name(phi), x, y)
 
     def gradient(self, phi: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(g (N,), loss): grad_and_value, by vjp, which asks whether anyone will differentiate g.
+        """(g (N,), loss).
 
-        grad_and_value builds the graph of its backward even where gradients are off.
+        vjp returns the loss and a function that computes its gradient. Unlike grad_and_value it
+        builds no graph of that computation where gradients are off, as in first order.
         """
         loss, backward = vjp(lambda phi: self.loss(phi, x, y), phi)
         return backward(torch.ones_like(loss))[0], loss
@@ -298,9 +299,10 @@ class MAML(nn.Module):
         return made.to(p.device, non_blocking=True)  # waits for no GPU
 
     # ----------------------------------------------------------------------------------------------
-    # First order. With every g_j a constant, d_j is one too, and so d phi_j / d theta = 1. phi_j is
-    # theta less alpha times what depends on gradients alone, so d phi_j / d log alpha = phi_j -
-    # theta. Hence, whatever the optimizer, the schedule and the decay:
+    # First order. With every g_j a constant, d_j is constant too, so d phi_j / d theta = 1. And
+    # phi_j is theta less alpha times what depends on gradients alone, so d phi_j / d log alpha =
+    # phi_j - theta. Hence, whatever the optimizer, the schedule and the decay (a tensor's rate
+    # gets the sum over its elements):
     #
     #     d outer / d theta     = sum_j w_j g_j
     #     d outer / d log alpha = sum_j w_j g_j * (phi_j - theta)
@@ -374,7 +376,7 @@ class MAML(nn.Module):
             # autocast does not reach into what vmap takes apart: attention, and layers with biases
             losses, phi = map(torch.stack, zip(*map(one, x, y), strict=True))
         else:
-            with unfused():
+            with unfused():  # vmap runs one function on all passages at once
                 losses, phi = vmap(one, randomness="different")(x, y)
         counts = torch.tensor([len(part) for part in x[0].split(rows)], device=x.device)
         return losses.repeat_interleave(counts, 1), phi

@@ -976,6 +976,10 @@ def test_what_adapt_cannot_do_is_answered_with_its_remedy(trained, tmp_path):
     ):
         with refused(match=remedy):
             adapt.main([str(checkpoint), option])
+    counting(tmp_path / "tiny")  # in GPT-2's tokens, for the squared gradients of 'dynamic'
+    text = ["--text", str(HERE / "README.md"), "--rules", "dynamic"]
+    with refused(match="has other tokens: prepare it with the run's tokenizer"):
+        adapt.main([str(trained / "plain"), *text, "--data_dir", str(tmp_path)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # python train.py config/maml_demo.py
-# The recipe: plain pretraining for five eighths of the tokens, then meta-learning. Theta, and a rate
-# for each of its elements, are trained so that learning a passage, row by row, helps with the next
-# row. As many tokens as config/baseline_demo.py.
+# The recipe: plain pretraining for five eighths of the tokens, then meta-learning. Theta, and a
+# rate for each of its elements, are trained so that learning a passage, row by row, helps with the
+# next row. As many tokens as config/baseline_demo.py.
 
 out_dir = "out/maml_demo"
 dataset = "local"
