@@ -10,8 +10,8 @@ block_size, n_layer, n_head, n_embd = 128, 3, 4, 96
 tasks = "mixed"
 batch_size = 8
 tasks_per_step = 1
-max_steps = 2048
+max_steps = 1536
 
 learning_rate = 4e-3
 warmup_steps = 120
-eval_interval = 512
+eval_interval = 384
