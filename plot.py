@@ -164,7 +164,7 @@ def fewer_examples(name: str, curve, opponent, T: int, by="tuned AdamW") -> str:
     need, n = tokens_needed(opponent, level, T), tokens_needed(curve, level, T)
     if n is None or need is None:
         return f"fewer examples: {name} does not come to the {level:.3f} of {by}"
-    where = f"{by} comes to {level:.3f} (over the later half of what was read) after {need:,}"
+    where = f"{by} comes to {level:.3f} (mean of the later half of what it read) after {need:,}"
     times = f"{need / n:.1f} times fewer" if n <= need else f"{n / need:.1f} times more"
     return f"fewer examples: {where} tokens, {name} after {n:,}: {times}"
 
@@ -176,7 +176,8 @@ def fewer_examples(name: str, curve, opponent, T: int, by="tuned AdamW") -> str:
 def print_table(reading: dict, opponent: tuple[str, str] | None):
     x = next(iter(reading.values()))[0]
     few = min(len(x), -(-512 // x[0]))  # rows
-    print("unseen text, nats per token, each predicted, then learned (± deviation of seeds):")
+    spread = ", ± deviation of seeds" * any(len(y) > 1 for _, y, _ in reading.values())
+    print(f"unseen text, nats per token, each scored, then learned{spread}:")
     heads = f"{f'all {x[-1]:,}':>16}{f'first {x[few - 1]:,}':>13}{'forwards':>10}{'trained on':>12}"
     print(f"{'':42}{heads}")
     for (name, rule), (_, y, row) in reading.items():

@@ -1863,7 +1863,7 @@ def test_the_table_says_what_heldout_rows_say_and_how_many_fewer_are_needed(told
         ("base, tuned AdamW", "2.500", "2.500", "12"),
         ("maml_0.1, its own inner loop", mean, mean, "3"),
     ]
-    assert "tuned AdamW on base comes to 2.000" in text and "over the later half" in text
+    assert "tuned AdamW on base comes to 2.000" in text and "mean of the later half" in text
     assert "after 128 tokens, maml_0.1 after 32: 4.0 times fewer" in text
     assert (tmp_path / "curves.png").stat().st_size > 10_000 and len(text.splitlines()) <= 7
 
