@@ -4,14 +4,6 @@
 # domain. They are learned 8 at a time, each 8 predicted first. Tokens as in
 # config/baseline_124m.py: 524,288 a step, 10 billion in all. Never run on a GPU.
 # With AdamW and a schedule in the inner loop: --inner_optimizer=adamw --inner_schedule=cosine
-#
-# On two machines with shared data and out, by Slurm:
-#     #!/bin/bash
-#     #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8
-#     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or restarted processes may call the dead
-#     head=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)
-#     srun torchrun --nnodes=$SLURM_NNODES --nproc_per_node=8 --rdzv_backend=c10d --max_restarts=3 \
-#         --rdzv_endpoint=$head:29500 train.py config/maml_124m.py --init_from=resume
 
 out_dir = "out/maml_124m"
 dataset = "common_pile"
