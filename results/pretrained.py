@@ -101,7 +101,7 @@ class Study:
         return learner
 
     def fit(self, rule: str, lr: float) -> MAML:
-        """Learns rates, a passage an outer step: AdamW as in train.py, theta left alone."""
+        """Learns rates, a passage an outer step: AdamW with next to no eps, theta left alone."""
         learner, path = self.learner(rule, lr), self.state / f"{rule}.pt"
         rates, first, steps = learner.log_inner_lr, 0, self.args.steps
         adam = torch.optim.AdamW([rates], betas=(0.9, 0.95), eps=1e-18, weight_decay=0.0)
