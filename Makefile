@@ -3,11 +3,11 @@
 # Each of them sets itself up first.
 PYTHON ?= python3
 BIN := .venv/bin
-RUNS := out/baseline_demo out/maml_demo
 
 .PHONY: demo test gpu-check
 .DELETE_ON_ERROR:
 .SECONDARY:
+.SECONDEXPANSION:
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -21,21 +21,18 @@ out/%/trained: | data/local/meta.json
 	$(BIN)/python train.py config/$*.py --init_from=resume
 	touch $@
 
-# two targets for the baseline, so that both cores have work
-out/baseline_demo/read_%: out/baseline_demo/trained
-	$(BIN)/python adapt.py $(@D) --passages 4 --rules none $*
-	touch $@
+# a target for each set of rules, so that both cores have work
+READ := out/baseline_demo/read_adamw out/maml_demo/read_none+own+safe
+READ += out/baseline_demo/read_none+dynamic
 
-out/maml_demo/read: out/maml_demo/trained
-	$(BIN)/python adapt.py $(@D) --passages 4 --rules none own safe
+$(READ): $$(@D)/trained
+	$(BIN)/python adapt.py $(@D) --passages 4 --rules $(subst +, ,$(@F:read_%=%))
 	touch $@
-
-READ := out/baseline_demo/read_adamw out/maml_demo/read out/baseline_demo/read_dynamic
 
 demo: .venv/installed data/local/meta.json
 	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 $(READ)  # a core each
 	$(BIN)/python adapt.py out/maml_demo --text README.md --rules none safe --max_new_tokens 200
-	$(BIN)/python plot.py $(RUNS) -o out/curves.png
+	$(BIN)/python plot.py out/baseline_demo out/maml_demo -o out/curves.png
 
 test: .venv/installed
 	$(BIN)/ruff check .

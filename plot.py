@@ -176,8 +176,8 @@ def fewer_examples(name: str, curve, opponent, T: int, by="tuned AdamW") -> str:
 def print_table(reading: dict, opponent: tuple[str, str] | None):
     x = next(iter(reading.values()))[0]
     few = min(len(x), -(-512 // x[0]))  # rows
-    spread = ", ± deviation of seeds" * any(len(y) > 1 for _, y, _ in reading.values())
-    print(f"unseen text, nats per token, each scored, then learned{spread}:")
+    seeds = ", ± deviation of seeds" * any(len(y) > 1 for _, y, _ in reading.values())
+    print(f"unseen text, nats per token, each scored, then learned{seeds}:")
     heads = f"{f'all {x[-1]:,}':>16}{f'first {x[few - 1]:,}':>13}{'forwards':>10}{'trained on':>12}"
     print(f"{'':42}{heads}")
     for (name, rule), (_, y, row) in reading.items():
