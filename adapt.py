@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import run
-from maml import MAML, adamw, read_passages
+from maml import MAML, adamw
 from model import GPT
 from plot import WORDS, fewer_examples
 from prepare_data import encode, get_tokenizer
@@ -86,8 +86,8 @@ class Reader:
         else:
             learner = getattr(self, rule)(**options)
         n = options.get("steps", 1)  # rows that come n times are learned n times
-        losses, phi = read_passages(learner, *(t.repeat_interleave(n, 1) for t in (x, y)), rows)
-        return losses[:, ::n].cpu().numpy(), learner.by_name(phi)
+        losses, phi = learner.read(*(t.repeat_interleave(n, 1) for t in (x, y)), rows)
+        return losses[:, ::n].cpu().numpy(), learner.by_name(phi[-1])
 
     def own(self) -> MAML:
         inner = {k: v for k, v in self.ckpt["inner"].items() if k != "rows"}
@@ -104,13 +104,20 @@ class Reader:
         return learner
 
     def dynamic(self, lr: float, eps: float, decay: float) -> MAML:
-        learner = MAML(self.model, 1, lr, learn_inner_lr="element", inner_decay=decay)
+        learner = MAML(self.model, 1, lr, learn_inner_lr="element")
+        if decay:
+            learner.direction, learner.start = partial(pulled, decay=decay), torch.zeros_like
         if self.mean_square is None:
             self.mean_square = mean_square(learner, self.statistics())
         rms = self.mean_square.sqrt()
         with torch.no_grad():
             learner.log_inner_lr.copy_((lr / (rms + eps * rms.mean())).log())
         return learner
+
+
+def pulled(g, away, layout, decay: float):
+    """SGD's direction, and a share of the way back to theta: `away` is (theta - phi) / alpha."""
+    return g - decay * away, (1 - decay) * away + g
 
 
 def forwards(rule: str, options: dict) -> int:

@@ -3,7 +3,7 @@
 A task is rows of text, cut into K + 1 equal chunks, K = inner_steps. Two loops learn:
 
     inner   phi_0 = theta,   g_j = gradient of L_j at phi_j,   d_j, state = direction(g_j, state)
-            phi_j+1 = phi_j - factor_j alpha d_j    (inner_decay first pulls phi_j to theta)
+            phi_j+1 = phi_j - factor_j alpha d_j
     outer   theta and alpha take a step down the gradient of   sum_j w_j L_j(phi_j)
 
 Each chunk is predicted, then learned. So the outer loss is low where learning one chunk helps with
@@ -68,22 +68,21 @@ def meta_grad(learner: "MAML", x: Tensor, y: Tensor) -> tuple[dict[str, Tensor],
 def outer_loss(learner: "MAML", theta: Tensor, log_lr: Tensor | None, x, y, gradient) -> Tensor:
     """Learns all chunks of a task but the last, which is only predicted. A scalar."""
     *support, last = learner.chunks(x, y)
-    step = partial(learner.step, gradient)
-    losses, phi = inner_loop(learner, theta, learner.rates(log_lr), support, step)
+    losses, phi = inner_loop(learner, theta, log_lr, support, partial(learner.step, gradient))
     losses.append(learner.last_loss(phi, *last))
     return learner.constant(learner.loss_weights) @ torch.stack(losses)  # of K + 1 each
 
 
-def inner_loop(learner: "MAML", theta: Tensor, rates: Tensor, chunks: list, step):
+def inner_loop(learner: "MAML", theta: Tensor, log_lr: Tensor | None, chunks: list, step):
     """Learns chunks [(x_j, y_j), ...], each (rows, T), one after the other, beginning at theta.
 
     step is learner.step with a gradient of the caller's choice. Returns the chunks' losses, each
     before it was learned, and phi (N,) after the last.
     """
-    # a view, since one object as two arguments of a compiled step would compile a second graph
-    phi, state, losses = theta.view(-1), learner.start(theta), []
+    alpha = learner.constant(learner.inner_lr) if log_lr is None else log_lr.exp()
+    phi, state, losses = theta, learner.start(theta), []
     for chunk, factor in zip(chunks, learner.factors(len(chunks)), strict=True):
-        loss, phi, state = step(phi, theta, factor, rates, state, *chunk)
+        loss, phi, state = step(phi, factor, alpha, state, *chunk)
         losses.append(loss)
     return losses, phi
 
@@ -152,11 +151,9 @@ class MAML(nn.Module):
 
     inner_optimizer is a key of DIRECTIONS, objective of OBJECTIVES. inner_schedule, of SCHEDULES,
     begins after inner_warmup steps of linear warm-up. learn_inner_lr: 'no', or a learned rate for
-    each 'tensor' or 'element', from inner_lr on. inner_decay: the share of the way back to theta
-    that each step takes first (dynamic evaluation, Krause et al. 2018, arXiv 1709.07432).
-    autocast: the dtype of matrix products. Parameters that require no gradient when the learner
-    is made are frozen: the inner loop skips them too. In second order use backward(), since
-    torch.autograd.grad raises on reentrant checkpoints.
+    each 'tensor' or 'element', from inner_lr on. autocast: the dtype of matrix products.
+    Parameters that require no gradient when the learner is made are frozen: the inner loop skips
+    them too. In second order use backward(): torch.autograd.grad raises on reentrant checkpoints.
     ValueError for an unknown word, and for parameters of several dtypes or devices.
     """
 
@@ -173,19 +170,14 @@ class MAML(nn.Module):
         autocast: torch.dtype | None = None,
         inner_schedule: str = "constant",
         inner_warmup: int = 0,
-        inner_decay: float = 0.0,
     ):
         super().__init__()
-        right = min(inner_steps, inner_warmup) >= 0 and 0 <= inner_decay <= 1
-        if not (right and (inner_steps == 0 or 0 < inner_lr < math.inf)):
-            raise ValueError(
-                "inner_lr must be positive, inner_decay a share, the rest not negative"
-            )
+        if min(inner_steps, inner_warmup) < 0 or (inner_steps and not 0 < inner_lr < math.inf):
+            raise ValueError("inner_lr must be positive, inner_steps and inner_warmup at least 0")
         self.model, self.inner_steps, self.inner_lr = model, inner_steps, inner_lr
         self.direction, self.start = choose(DIRECTIONS, inner_optimizer)
         self.schedule, self.inner_warmup = choose(SCHEDULES, inner_schedule), inner_warmup
         self.first_order, self.autocast = first_order, autocast
-        self.inner_decay = inner_decay
         self.loss_weights = choose(OBJECTIVES, objective)(inner_steps + 1)
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
@@ -221,10 +213,14 @@ class MAML(nn.Module):
     # the inner loop's parts
 
     def vectors(self, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """theta (N,), and log_inner_lr or None. parameters: to be used instead of the learner's."""
+        """theta and log alpha, (N,), this one None if inner_lr is a constant.
+
+        Of `parameters`, by name, instead of the learner's own.
+        """
         named = dict(self.named_parameters()) | (parameters or {})
         theta = torch.cat([named[f"model.{n}"].flatten() for n in self.names])
-        return theta, named.get("log_inner_lr")
+        log_lr = named.get("log_inner_lr")
+        return theta, None if log_lr is None else self.by_element(log_lr)
 
     def by_name(self, phi: Tensor) -> dict[str, Tensor]:
         """The model's parameters, views of phi (N,)."""
@@ -237,12 +233,8 @@ class MAML(nn.Module):
             raise ValueError(f"{x.size(0)} rows are no {n} equal chunks: use a multiple of {n}")
         return list(zip(x.chunk(n), y.chunk(n), strict=True))  # of (B / n, T)
 
-    def rates(self, log_lr: Tensor | None) -> Tensor:
-        """alpha (N,), or a scalar."""
-        return self.constant(self.inner_lr) if log_lr is None else self.by_element(log_lr.exp())
-
     def by_element(self, rates: Tensor) -> Tensor:
-        """(N,) of rates that are one an element already, or one a tensor."""
+        """(N,), of rates that are one a tensor, or one an element already."""
         if len(rates) == sum(self.sizes):
             return rates
         return torch.cat([r.expand(n) for r, n in zip(rates, self.sizes, strict=True)])
@@ -257,16 +249,14 @@ class MAML(nn.Module):
         span = warmup + [self.schedule(j / (K - w)) for j in range(K - w)]
         return self.constant([span[j % K] for j in range(n)])
 
-    def step(self, gradient, phi, theta, factor, rates, state, x, y):
+    def step(self, gradient, phi, factor, alpha, state, x, y):
         """The inner step: the loss before it, and phi and the optimizer's state after it.
 
         gradient(phi, x, y) returns (g (N,), loss).
         """
         g, loss = gradient(phi, x, y)
         d, state = self.direction(g, state, self.layout)
-        if self.inner_decay:
-            phi = phi + self.inner_decay * (theta - phi)
-        return loss, torch.addcmul(phi, factor * rates, d, value=-1), state  # phi - factor rates d
+        return loss, torch.addcmul(phi, factor * alpha, d, value=-1), state  # phi - factor alpha d
 
     def loss(self, phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return self.model_loss(self.by_name(phi), x, y)
@@ -301,8 +291,8 @@ class MAML(nn.Module):
     # ----------------------------------------------------------------------------------------------
     # First order. With every g_j a constant, d_j is constant too, so d phi_j / d theta = 1. And
     # phi_j is theta less alpha times what depends on gradients alone, so d phi_j / d log alpha =
-    # phi_j - theta. Hence, whatever the optimizer, the schedule and the decay (a tensor's rate
-    # gets the sum over its elements):
+    # phi_j - theta. Hence, whatever the optimizer and the schedule (a tensor's rate gets the sum
+    # over its elements):
     #
     #     d outer / d theta     = sum_j w_j g_j
     #     d outer / d log alpha = sum_j w_j g_j * (phi_j - theta)
@@ -318,22 +308,20 @@ class MAML(nn.Module):
             each = iter(weights)
 
             def step(*rest):
-                return self.first_order_step(d_theta, d_log_lr, next(each), *rest)
+                return self.first_order_step(theta, d_theta, d_log_lr, next(each), *rest)
 
             # The last chunk is learned too, though that phi is not used: it shares a graph.
-            rates, chunks = self.rates(log_lr), self.chunks(x, y)
-            losses, _ = inner_loop(self, theta.detach(), rates, chunks, step)
+            losses, _ = inner_loop(self, theta.detach(), log_lr, self.chunks(x, y), step)
             total = weights @ torch.stack(losses)
         # Backward must leave d_theta in the gradient of theta, as DDP awaits: theta @ d_theta has
         # that gradient. Less its own value, it adds nothing to the loss.
         linear = theta @ d_theta
         if log_lr is not None:
-            linear = linear + self.by_element(log_lr) @ d_log_lr
+            linear = linear + log_lr @ d_log_lr
         return total + (linear - linear.detach())
 
-    def first_order_step(self, d_theta, d_log_lr, weight, phi, theta, *rest):
-        """The inner step with a gradient that adds to both sums, in place: nothing differentiates
-        through them."""
+    def first_order_step(self, theta, d_theta, d_log_lr, weight, *rest):
+        """The inner step, whose gradient adds to both sums, in place: none differentiates them."""
 
         def gradient(phi, x, y):
             g, loss = self.gradient(phi, x, y)
@@ -342,7 +330,7 @@ class MAML(nn.Module):
                 d_log_lr.addcmul_((phi - theta).mul_(g), weight)
             return g, loss
 
-        return self.step(gradient, phi, theta, *rest)
+        return self.step(gradient, *rest)
 
     @torch.no_grad()
     def bound_rates(self):
@@ -359,36 +347,27 @@ class MAML(nn.Module):
 
     @torch.no_grad()
     def read(self, x: Tensor, y: Tensor, rows: int = 1) -> tuple[Tensor, Tensor]:
-        """Test-time training on P passages side by side, x and y (P, R, T).
+        """Test-time training on passages x and y (P, R, T), each of them from theta on.
 
         Each chunk of `rows` rows is predicted, then learned. Returns the loss of each row's chunk
-        before it was learned, (P, R), and every passage's phi at the end, (P, N).
+        before it was learned, (P, R), and phi (n, N) after the last n passages: of those that were
+        read side by side, since each needs a copy of the parameters.
         """
         theta, log_lr = self.vectors()
-        rates = self.rates(log_lr)
 
         def one(x, y):  # (R, T)
             chunks = list(zip(x.split(rows), y.split(rows), strict=True))
-            losses, phi = inner_loop(self, theta, rates, chunks, partial(self.step, self.gradient))
+            losses, phi = inner_loop(self, theta, log_lr, chunks, partial(self.step, self.gradient))
             return torch.stack(losses), phi
 
-        if len(x) == 1 or self.autocast:
-            # autocast does not reach into what vmap takes apart: attention, and layers with biases
-            losses, phi = map(torch.stack, zip(*map(one, x, y), strict=True))
-        else:
-            with unfused():  # vmap runs one function on all passages at once
-                losses, phi = vmap(one, randomness="different")(x, y)
+        # autocast does not reach into what vmap takes apart: attention, and layers with biases
+        n, losses = 1 if self.autocast else max(1, SIDE_BY_SIDE // len(theta)), []
+        for xs, ys in zip(x.split(n), y.split(n), strict=True):
+            if len(xs) == 1:
+                loss, phi = (t[None] for t in one(xs[0], ys[0]))
+            else:
+                with unfused():  # vmap runs one function on all passages at once
+                    loss, phi = vmap(one, randomness="different")(xs, ys)
+            losses.append(loss)
         counts = torch.tensor([len(part) for part in x[0].split(rows)], device=x.device)
-        return losses.repeat_interleave(counts, 1), phi
-
-
-def read_passages(learner: MAML, x: Tensor, y: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """learner.read, as many passages side by side as copies of the parameters may be made.
-
-    Losses (P, R), and the last passage's phi (N,).
-    """
-    n, losses = max(1, SIDE_BY_SIDE // sum(learner.sizes)), []
-    for part in zip(x.split(n), y.split(n), strict=True):
-        loss, phi = learner.read(*part, rows)
-        losses.append(loss)
-    return torch.cat(losses), phi[-1]
+        return torch.cat(losses).repeat_interleave(counts, 1), phi

@@ -27,11 +27,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import run
-from maml import MAML, read_passages
+from maml import MAML
 from model import GPT, GPTConfig
 from tasks import Dataset, lock
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+INNER = ("inner_steps", "inner_lr", "inner_optimizer", "inner_schedule", "inner_warmup")
+INNER += ("first_order", "objective", "learn_inner_lr")  # MAML's arguments, which ckpt.pt keeps
 AT_LEAST_1 = (*SHAPE[:-1], "batch_size", "tasks_per_step", "plain_batch_size")
 AT_LEAST_1 += ("plain_tasks_per_step", "eval_interval", "eval_passages", "eval_rows")
 KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov", "plain_steps")
@@ -96,10 +98,10 @@ class Config:
                 raise ValueError(f"{name}={value} must be finite and at least {least}")
         if self.batch_size % (n := self.inner_steps + 1):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
-        if self.learning_rate == 0 and (self.learn_inner_lr == "no" or self.inner_steps == 0):
-            raise ValueError("learning_rate=0 leaves only rates to learn: set learn_inner_lr")
-        if self.learning_rate == 0 and self.plain_steps:
-            raise ValueError("learning_rate=0 leaves plain_steps nothing to learn: leave them out")
+        no_rates = self.learn_inner_lr == "no" or self.inner_steps == 0
+        if self.learning_rate == 0 and (no_rates or self.plain_steps):
+            remedy = "set learn_inner_lr, and no plain_steps"
+            raise ValueError(f"learning_rate=0 leaves only rates to learn: {remedy}")
         rows = self.batch_size // (self.inner_steps + 1)
         if self.inner_steps and self.eval_rows <= rows:
             raise ValueError(f"eval_rows={self.eval_rows} must exceed the {rows} rows of a chunk")
@@ -154,16 +156,7 @@ def train(given: dict):
         if given.get("inner_lr", began_at) != began_at:
             raise ValueError(f"the checkpoint's rates began at {began_at}: leave inner_lr out")
         cfg = replace(cfg, inner_lr=began_at)
-    inner = dict(
-        inner_steps=cfg.inner_steps,
-        inner_lr=cfg.inner_lr,
-        inner_optimizer=cfg.inner_optimizer,
-        first_order=cfg.first_order,
-        objective=cfg.objective,
-        learn_inner_lr=cfg.learn_inner_lr,
-        inner_schedule=cfg.inner_schedule,
-        inner_warmup=cfg.inner_warmup,
-    )
+    inner = {name: getattr(cfg, name) for name in INNER}
     compute = dict(compile=cfg.compile, autocast=DTYPES[cfg.dtype])
     learner = MAML(model, **inner, **compute).to(device)
     plain_learner = MAML(model, inner_steps=0, **compute)
@@ -349,7 +342,7 @@ def evaluate(learner: MAML, val: dict, unseen, rows: int, rank=0, world_size=1) 
         losses = [len(a) * learner.model_loss({}, a, b) for a, b in parts]
         table[i, 0] = sum(losses) / (x.size(0) * x.size(1))
         if domain in unseen:
-            table[i, 1] = read_passages(learner, x, y, rows)[0].mean()
+            table[i, 1] = learner.read(x, y, rows)[0].mean()
     if world_size > 1:
         dist.all_reduce(table)
     loss, online = (dict(zip(val, column, strict=True)) for column in table.T.tolist())
@@ -386,11 +379,12 @@ def check_same_run(ckpt: dict, cfg: Config, data: Dataset):
         raise ValueError(f"{cfg.out_dir} has no run of train.py: give its ckpt.pt as --init_from")
     if ckpt["step"] > cfg.max_steps:
         raise ValueError(f"{cfg.out_dir} is at step {ckpt['step']}: set max_steps to that, or more")
-    old = {k: ckpt["config"].get(k, 0) for k in KEPT} | {"data": ckpt["dataset"]["sha256"][:9]}
-    new = {k: getattr(cfg, k) for k in KEPT} | {"data": data.sha256[:9]}
-    old["theta learns"], new["theta learns"] = (
-        lr > 0 for lr in (ckpt["config"]["learning_rate"], cfg.learning_rate)
-    )
+
+    def kept(config: dict, sha256: str) -> dict:
+        of = {"data": sha256[:9], "theta learns": config["learning_rate"] > 0}
+        return of | {key: config.get(key, 0) for key in KEPT}
+
+    old, new = kept(ckpt["config"], ckpt["dataset"]["sha256"]), kept(asdict(cfg), data.sha256)
     if changed := ", ".join(f"{k}={old[k]} (now {new[k]})" for k in old if old[k] != new[k]):
         remedy = "resume alike, or give its ckpt.pt as --init_from and another out_dir"
         raise ValueError(f"{cfg.out_dir} was trained with {changed}: {remedy}")
