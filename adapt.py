@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +36,6 @@ from tqdm import tqdm
 import run
 from maml import MAML, adamw
 from model import GPT
-from plot import WORDS, fewer_examples
 from prepare_data import encode, get_tokenizer
 from tasks import Dataset, batch
 from text import read_text
@@ -80,11 +80,9 @@ class Reader:
             (own, phi), (none, _) = (found.get(r) or self.read(r, x, y) for r in ("own", "none"))
             finite = all(p.isfinite().all() for p in phi.values())  # if not, theta is left
             return mixture(np.stack([own, none]), x.size(-1)), phi if finite else {}
-        if rule == "own":
-            learner = self.own()
-            rows = min(self.own_rows, max(1, x.size(1) // 2))  # of a short text some is learned
-        else:
-            learner = getattr(self, rule)(**options)
+        learner = getattr(self, rule)(**options)
+        if rule == "own":  # of a short text some is learned
+            rows = min(self.own_rows, max(1, x.size(1) // 2))
         n = options.get("steps", 1)  # rows that come n times are learned n times
         losses, phi = learner.read(*(t.repeat_interleave(n, 1) for t in (x, y)), rows)
         return losses[:, ::n].cpu().numpy(), learner.by_name(phi[-1])
@@ -118,12 +116,6 @@ class Reader:
 def pulled(g, away, layout, decay: float):
     """SGD's direction, and a share of the way back to theta: `away` is (theta - phi) / alpha."""
     return g - decay * away, (1 - decay) * away + g
-
-
-def forwards(rule: str, options: dict) -> int:
-    """The cost of reading a token: a forward, and two more for each gradient."""
-    steps = options.get("steps", 1)
-    return {"none": 1, "safe": 4}.get(rule, 3 * steps)
 
 
 @torch.no_grad()
@@ -172,36 +164,39 @@ def adapt(args):
     if args.text:
         tokenizer = get_tokenizer(run.tokenizer_of(ckpt))
         passages, tune = {args.text: passage_of_text(args.text, tokenizer, model)}, []
-        if hash_of_text(args.text) in ckpt.get("read", []):
+        if hash_of([Path(args.text).read_bytes()]) in ckpt.get("read", []):
             print(f"{args.text} was learned before: its loss is not that of unseen text")
     else:
         data, passages = unseen_passages(args, ckpt, reader.own_rows)
         tune = [domain for domain in passages if data.roles[domain] == "tune"]
     heldout = [name for name in passages if name not in tune] or tune
 
-    options, chosen = {rule: {} for rule in rules}, {}
+    log = Path(args.options_from or path.parent, "log.jsonl")
+    options, guessed = {rule: {} for rule in rules}, []
     for rule in [rule for rule in rules if rule in START]:
         if tune and not args.options_from:
-            chosen[rule] = best_options(rule, partial(mean_loss, reader, rule, passages, tune))
+            options[rule] = best_options(rule, partial(mean_loss, reader, rule, passages, tune))
+        elif logged := logged_options(log, rule):
+            options[rule] = logged
         else:
-            log = Path(args.options_from or path.parent, "log.jsonl")
-            chosen[rule] = logged_options(log, rule)
-        options[rule] = chosen[rule] or untuned(rule, model)
-        if not chosen[rule]:
-            first = "adapt this run to" if "dataset" in ckpt else "train a run from it on"
-            print(f"{rule} is not tuned: {first} a dataset with tune domains first")
-    curves, weights = {name: {} for name in passages}, hash_of(model)  # {name: {rule: (R,)}}
-    costs, found = {rule: forwards(rule, options[rule]) for rule in rules}, {}
-    todo = [(name, rule) for name in passages for rule in rules]
-    for name, rule in tqdm(todo, "reading", disable=None):
+            options[rule] = untuned(rule, model)
+            guessed.append(rule)
+            print(f"{rule} is not tuned: adapt a run to tune domains first, for --options_from")
+    curves, found = {name: {} for name in passages}, {}  # {name: {rule: (R,)}}
+    weights = hash_of(p.cpu().numpy().tobytes() for p in model.state_dict().values())
+    steps = {rule: options[rule].get("steps", 1) for rule in rules}
+    # of reading a token: a forward, and two more for each gradient
+    costs = {rule: {"none": 1, "safe": 4}.get(rule, 3 * steps[rule]) for rule in rules}
+    for name, rule in tqdm([*itertools.product(passages, rules)], "reading", disable=None):
         x, y = passages[name]
         found = found if curves[name] else {}  # of this domain
         found[rule] = reader.read(rule, x, y, found, **options[rule])
         losses, learned = found[rule]  # (P, R)
         curves[name][rule] = losses.mean(0, dtype=float).round(4)
         # Only a run's own checkpoint is logged, and no rule that was not tuned.
-        if path.name == "ckpt.pt" and not args.text and chosen.get(rule, True):
-            row = {"kind": "adapt", "dataset": data.root.name, "sha256": hash_of_val(data, name)}
+        if path.name == "ckpt.pt" and not args.text and rule not in guessed:
+            shards = json.dumps(data.meta["domains"][name]["shards"]["val"])
+            row = {"kind": "adapt", "dataset": data.root.name, "sha256": hash_of([shards.encode()])}
             row |= {"model": weights, "forwards": costs[rule]}
             row |= {unit: ckpt[unit] for unit in ("step", "tokens", "flops", "seconds")}
             row |= {"domain": name, "role": "tune" if name in tune else "heldout", "rule": rule}
@@ -211,14 +206,10 @@ def adapt(args):
             run.append_row(path.parent, row)
     for name in passages:
         table(name, curves[name], costs, *passages[name][0].shape[::2])
-    mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
-    P, T = sum(len(passages[name][0]) for name in heldout), passages[heldout[0]][0].size(-1)
     if len(heldout) > 1:
-        table("mean of " + ", ".join(heldout), mean, costs, P, T)
-    if tune and chosen and "own" in rules:
-        on_tune = {rule: np.mean([curves[name][rule].mean() for name in tune]) for rule in chosen}
-        best = min(on_tune, key=on_tune.get)
-        print(fewer_examples("own", mean["own"], mean[best], T, WORDS[best]))
+        mean = {rule: np.mean([curves[name][rule] for name in heldout], 0) for rule in rules}
+        P = sum(len(passages[name][0]) for name in heldout)
+        table("mean of " + ", ".join(heldout), mean, costs, P, x.size(-1))
     if args.text:
         show_text(args, ckpt, model, tokenizer, learned, rules[-1])
 
@@ -241,7 +232,7 @@ def show_text(args, ckpt: dict, model: GPT, tokenizer, learned: dict, rule: str)
     if args.save:
         kept = {key: value for key, value in ckpt.items() if key != "optimizer"}
         kept["model"], kept["read"] = model.state_dict(), ckpt.get("read", [])
-        kept["read"] = [*kept["read"], hash_of_text(args.text)]
+        kept["read"] = [*kept["read"], hash_of([Path(args.text).read_bytes()])]
         Path(args.save).parent.mkdir(parents=True, exist_ok=True)
         run.write_whole(Path(args.save), partial(torch.save, kept))
         print(f"\nsaved: python adapt.py {args.save} --text FILE goes on from here")
@@ -256,10 +247,7 @@ def unseen_passages(args, ckpt: dict, own_rows: int | None) -> tuple[Dataset, di
     cfg, T = ckpt["config"], ckpt["model_args"]["block_size"]
     root = Path(args.data_dir or cfg["data_dir"], args.dataset or cfg["dataset"])
     data = open_dataset(root, ckpt, T)
-    n = T * (own_rows or 1)
-    tokens = args.tokens or max(4096, 8 * n)
-    if tokens < 2 * n and {"own", "safe"} & {*(args.rules or RULES)}:
-        raise ValueError(f"{args.run} learns {n:,} tokens at a time: read --tokens {4 * n}")
+    tokens = args.tokens or max(4096, 8 * T * (own_rows or 1))
     R, passages = -(-tokens // T), {}
     for domain in data.unseen(ckpt["dataset"]["trained"]):
         x, y = data.passages(domain, args.passages, R)
@@ -343,11 +331,9 @@ def best_options(rule: str, measure) -> dict:
         while math.isinf(score(table, options, most)) and options["lr"] > 1e-9:
             options = options | {"lr": options["lr"] / 4}
         for factor in (2.0, 0.5):
-            while True:
-                other = options | {"lr": options["lr"] * factor}
-                if not score(table, other, most) < score(table, options, most):
-                    break
-                options = other
+            other = options | {"lr": options["lr"] * factor}
+            while score(table, other, most) < score(table, options, most):
+                options, other = other, other | {"lr": other["lr"] * factor}
         return options
 
     for values in itertools.product(*CHOICES[rule].values()):
@@ -371,20 +357,12 @@ def logged_options(log: Path, rule: str) -> dict | None:
     return rows[-1]["options"] if rows else None
 
 
-def hash_of_text(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def hash_of(model: GPT) -> str:
+def hash_of(parts: Iterable[bytes]) -> str:
+    """12 digits for a text, or all tensors of a model, given as bytes."""
     digest = hashlib.sha256()
-    for p in model.state_dict().values():
-        digest.update(p.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:12]
-
-
-def hash_of_val(data: Dataset, domain: str) -> str:
-    shards = data.meta["domains"][domain]["shards"]["val"]
-    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:12]
 
 
 # --------------------------------------------------------------------------------------------------

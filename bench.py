@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from maml import MAML
+from maml import MAML, choose
 from model import GPT, GPTConfig
 from run import pick_device, read_flags
 from tasks import batch
@@ -65,7 +65,7 @@ def bench(cfg: Config, vocab_size: int):
 def make_step(cfg: Config, model: GPT, inner_steps: int, first_order=False, learn_inner_lr="no"):
     """A function of tasks that takes an outer step, and returns the tensors that are kept."""
     same = ("inner_lr", "inner_optimizer", "inner_schedule", "inner_warmup", "objective", "compile")
-    how = {name: getattr(cfg, name) for name in same} | {"autocast": DTYPES[cfg.dtype]}
+    how = {name: getattr(cfg, name) for name in same} | {"autocast": choose(DTYPES, cfg.dtype)}
     how |= {"first_order": first_order, "learn_inner_lr": learn_inner_lr}
     learner = MAML(model, inner_steps, **how)
     optimizer = make_optimizer(cfg, learner)

@@ -138,7 +138,7 @@ OBJECTIVES = {"every": lambda n: [1 / n] * n, "final": lambda n: [0.0] * (n - 1)
 
 def choose(table: dict, word: str):
     if word not in table:
-        raise ValueError(f"{word!r} is unknown to MAML: choose {' or '.join(map(repr, table))}")
+        raise ValueError(f"there is no {word!r}: choose {' or '.join(map(repr, table))}")
     return table[word]
 
 
@@ -182,15 +182,14 @@ class MAML(nn.Module):
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if inner_steps and len({(p.dtype, p.device) for p in learning.values()}) != 1:
             raise ValueError("the inner loop needs parameters to learn, of one dtype and device")
-        embeddings = [id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)]
-        matrices = [p.dim() == 2 and id(p) not in embeddings for p in learning.values()]
-        self.layout = [(p.shape, m) for p, m in zip(learning.values(), matrices, strict=True)]
+        tables = [id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)]
+        self.layout = [(p.shape, p.dim() == 2 and id(p) not in tables) for p in learning.values()]
         self.names, self.sizes = [*learning], [p.numel() for p in learning.values()]
         counts = {"no": 0, "tensor": len(self.sizes), "element": sum(self.sizes)}
         self.log_inner_lr = None
         if (count := choose(counts, learn_inner_lr)) and inner_steps:
             self.log_inner_lr = nn.Parameter(self.constant(math.log(inner_lr)).repeat(count))
-        self.last_loss = self.loss
+        self.plain_loss, self.last_loss = partial(self.model_loss, {}), self.loss
         if compile:  # outer functions: a compiled loss in an eager grad would run uncompiled
             whole = partial(torch.compile, fullgraph=True, dynamic=False)
             self.plain_loss, self.last_loss = whole(self.plain_loss), whole(self.loss)
@@ -276,9 +275,6 @@ class MAML(nn.Module):
         with torch.autocast(kind, self.autocast, self.autocast is not None, cache_enabled=False):
             return functional_call(self.model, parameters, (x, y))[1]  # tied weights stay tied
 
-    def plain_loss(self, x, y):
-        return self.model_loss(dict(self.model.named_parameters()), x, y)
-
     def unfused_gradient(self, phi, x, y):
         with unfused():  # inside, since contexts outside a compiled function are not compiled
             return self.gradient(phi, x, y)
@@ -305,13 +301,10 @@ class MAML(nn.Module):
             d_theta = torch.zeros_like(theta)
             d_log_lr = None if log_lr is None else torch.zeros_like(theta)
             weights = self.constant(self.loss_weights)
-            each = iter(weights)
-
-            def step(*rest):
-                return self.first_order_step(theta, d_theta, d_log_lr, next(each), *rest)
-
+            chunks = [(*xy, w) for xy, w in zip(self.chunks(x, y), weights, strict=True)]
+            step = partial(self.first_order_step, theta, d_theta, d_log_lr)
             # The last chunk is learned too, though that phi is not used: it shares a graph.
-            losses, _ = inner_loop(self, theta.detach(), log_lr, self.chunks(x, y), step)
+            losses, _ = inner_loop(self, theta.detach(), log_lr, chunks, step)
             total = weights @ torch.stack(losses)
         # Backward must leave d_theta in the gradient of theta, as DDP awaits: theta @ d_theta has
         # that gradient. Less its own value, it adds nothing to the loss.
@@ -320,7 +313,7 @@ class MAML(nn.Module):
             linear = linear + log_lr @ d_log_lr
         return total + (linear - linear.detach())
 
-    def first_order_step(self, theta, d_theta, d_log_lr, weight, *rest):
+    def first_order_step(self, theta, d_theta, d_log_lr, phi, factor, alpha, state, x, y, weight):
         """The inner step, whose gradient adds to both sums, in place: none differentiates them."""
 
         def gradient(phi, x, y):
@@ -330,7 +323,7 @@ class MAML(nn.Module):
                 d_log_lr.addcmul_((phi - theta).mul_(g), weight)
             return g, loss
 
-        return self.step(gradient, *rest)
+        return self.step(gradient, phi, factor, alpha, state, x, y)
 
     @torch.no_grad()
     def bound_rates(self):

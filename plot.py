@@ -59,16 +59,14 @@ def read_log(path: Path) -> list[dict]:
 
 def newest_readings(rows: list[dict], dataset: str | None = None, role="heldout") -> dict:
     """{rule: {domain: its newest row}} of the newest model; {} if it was trained on since."""
-    wanted, model = (dataset or rows[0]["dataset"]["name"], role), None
-    found, later = {}, set()  # later: the steps that training logged after a row
-    for row in reversed(rows):
-        later |= {row.get("step")} if row["kind"] in ("train", "val") else set()
-        if row["kind"] != "adapt":
-            continue
-        of = row.get("model"), row.get("step")
-        model = model or of
-        if of == model and later <= {row.get("step")} and wanted == (row["dataset"], row["role"]):
-            found.setdefault(row["rule"], {}).setdefault(row["domain"], row)
+    wanted, found = (dataset or rows[0]["dataset"]["name"], role), {}
+    step = model = None
+    for row in rows:
+        newest = row.get("step", step), row.get("model", model)  # training names no model
+        if newest != (step, model):
+            (step, model), found = newest, {}
+        if row["kind"] == "adapt" and wanted == (row["dataset"], row["role"]):
+            found.setdefault(row["rule"], {})[row["domain"]] = row
     return found
 
 
@@ -185,12 +183,11 @@ def print_table(reading: dict, opponent: tuple[str, str] | None):
         cells = f"{y[:, :few].mean():13.3f}{row.get('forwards') or '-':>10}"
         cells = f"{f'{y.mean():.3f}{spread}':>16}{cells}{row['tokens'] / 1e6:11.1f}M"
         print(f"  {f'{name}, {WORDS[rule]}':40}{cells}")
-    for name, rule in reading if opponent in reading else ():
+    for name, rule in reading if opponent else ():
         if rule == "own":
             ours, theirs = (reading[key][1].mean(0) for key in ((name, rule), opponent))
-            print(
-                fewer_examples(name, ours, theirs, x[0], f"{WORDS[opponent[1]]} on {opponent[0]}")
-            )
+            by = f"{WORDS[opponent[1]]} on {opponent[0]}"
+            print(fewer_examples(name, ours, theirs, x[0], by))
 
 
 def draw(reading: dict, training: dict, marks: dict, output: Path):

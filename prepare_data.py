@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -27,6 +26,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+from run import write_whole
 from tasks import HEADER_INTS, MAGIC, VERSION, lock, open_shard, read_meta
 from text import (
     EOT,
@@ -37,7 +37,6 @@ from text import (
     fingerprint,
     is_text,
     read_documents,
-    read_text,  # noqa: F401
     walk,
 )
 
@@ -325,13 +324,7 @@ def write_shards(root: Path, domain: str, encoding: tiktoken.Encoding) -> dict |
 
 
 def write(path: Path, content: bytes):
-    """Beside its place, then renamed into it: a reader never sees half a file."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write(content))
 
 
 if __name__ == "__main__":

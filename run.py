@@ -2,7 +2,7 @@
 
 given = read_flags(Config, ["config/x.py", "--key=value"])   # checked against a dataclass
 ckpt, model = load_checkpoint("out/run")       # ours, nanoGPT's, GPT-2 of transformers
-save_checkpoint(out, ckpt)                     # whole, or the one before stays
+write_whole(path, write)                       # whole, or the one before stays
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
 
 import torch
 
@@ -55,17 +54,13 @@ def read_flags(config: type, argv: list[str], about: str = "") -> dict:
 
 def parse(name: str, kind, value):
     """A value of that kind, from a flag or a config file; ValueError says what it must be."""
-    text, words = str(value), get_args(kind)  # words of a Literal
-    if kind is bool:
-        words, text = ("True", "False"), text.capitalize()
-    if words:
-        if text not in words:
-            raise ValueError(f"--{name}={value}: choose {' or '.join(words)}")
-        return text == "True" if kind is bool else text
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"--{name}={value}: it must be of type {kind.__name__}") from None
+        if kind is bool:
+            return {"True": True, "False": False}[str(value).capitalize()]
+        return kind(str(value))
+    except (ValueError, KeyError):
+        what = "True or False" if kind is bool else f"of type {kind.__name__}"
+        raise ValueError(f"--{name}={value}: it must be {what}") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -165,8 +160,8 @@ def from_transformers(name: str) -> dict:
     try:
         from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
     except ImportError:
-        what = f"{name} is GPT-2's" if Path(name).exists() else f"no checkpoint at {name} here"
-        raise ValueError(f"{what}; for what transformers reads: pip install transformers") from None
+        what = f"no checkpoint at {name} that is ours; for what transformers reads"
+        raise ValueError(f"{what}: pip install transformers") from None
     try:
         c = AutoConfig.from_pretrained(name)
         odd = [f for f in SAME if getattr(c, f, None) != getattr(GPT2Config(), f)]
@@ -175,11 +170,8 @@ def from_transformers(name: str) -> dict:
             weights = hf.float().state_dict()
             odd = sorted(found["missing_keys"])  # these would be random
     except Exception as error:  # of many kinds
-        first, _, _ = str(error).strip().partition("\n")
-        why = f"{type(error).__name__}: {first}"
-        if Path(name).exists():
-            raise ValueError(f"{name} holds no whole GPT-2 of transformers ({why})") from error
-        what = f"no checkpoint at {name} here, nor on the hub, or offline"
+        why = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
+        what = f"no whole GPT-2 of transformers at {name}, here or on the hub, or offline"
         raise ValueError(f"{what}: train first, or give a path ({why})") from error
     if odd:
         what = f"its {odd[0]} is {getattr(c, odd[0], 'missing')}, not that of GPT-2"

@@ -88,12 +88,12 @@ class Dataset:
             remedy = f"run python prepare_data.py {self.root.name}, or PATH --name {self.root.name}"
             raise FileNotFoundError(f"no data at {self.root}: {remedy}")
         self.meta, self.roles = read_meta(self.root / "meta.json"), {}
-        self.paths, self.ends = {}, {}  # by (domain, split): the shards, and where each ends
+        self.paths, self.bounds = {}, {}  # by (domain, split): the shards, and where each begins
         for d, entry in self.meta["domains"].items():
             for split in SPLITS:
-                paths = [self.root / path for path in entry["shards"][split]]
-                lengths = np.array([len(shard(path)) for path in paths], np.int64)
-                self.paths[d, split], self.ends[d, split] = paths, lengths.cumsum()
+                self.paths[d, split] = [self.root / path for path in entry["shards"][split]]
+                lengths = [len(shard(path)) for path in self.paths[d, split]]
+                self.bounds[d, split] = np.cumsum([0, *lengths])  # and where the last one ends
             if min(self.length(d, split) for split in SPLITS) > block_size:
                 self.roles[d] = entry["role"]
             else:
@@ -173,18 +173,14 @@ class Dataset:
         return [d for d in shards if not set(trained) & set(shards[d].values())]
 
     def length(self, domain: str, split: str) -> int:
-        return int(self.ends[domain, split][-1]) if len(self.ends[domain, split]) else 0
+        return int(self.bounds[domain, split][-1])
 
     def ids(self, domain: str, split: str, start: int) -> np.ndarray:
         """T + 1 ids from `start` on, read across the borders of shards."""
-        paths, ends = self.paths[domain, split], self.ends[domain, split]
-        i, parts, missing = int(np.searchsorted(ends, start, side="right")), [], self.T + 1
-        while missing:
-            ids = shard(paths[i])
-            begin = start - (int(ends[i]) - len(ids))
-            parts.append(ids[begin : begin + missing])
-            start, missing, i = start + len(parts[-1]), missing - len(parts[-1]), i + 1
-        return np.concatenate(parts)
+        bounds, end = self.bounds[domain, split], start + self.T + 1
+        first, last = np.searchsorted(bounds, (start, end - 1), side="right") - 1
+        shards = zip(self.paths[domain, split][first : last + 1], bounds[first:], strict=False)
+        return np.concatenate([shard(p)[max(0, start - at) : end - at] for p, at in shards])
 
 
 def rng(*key: int | str) -> np.random.Generator:

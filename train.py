@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -27,15 +26,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 import run
-from maml import MAML
+from maml import MAML, choose
 from model import GPT, GPTConfig
 from tasks import Dataset, lock
 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")
 INNER = ("inner_steps", "inner_lr", "inner_optimizer", "inner_schedule", "inner_warmup")
 INNER += ("first_order", "objective", "learn_inner_lr")  # MAML's arguments, which ckpt.pt keeps
-AT_LEAST_1 = (*SHAPE[:-1], "batch_size", "tasks_per_step", "plain_batch_size")
-AT_LEAST_1 += ("plain_tasks_per_step", "eval_interval", "eval_passages", "eval_rows")
+MAY_BE_0 = ("seed", "max_steps", "plain_steps", "warmup_steps", "inner_steps", "inner_warmup")
 KEPT = ("inner_steps", "inner_optimizer", "learn_inner_lr", "nesterov", "plain_steps")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # of matrix products
 # how far a run has come, and what it cost; the first steps of a process compile
@@ -52,7 +50,7 @@ class Config:
     data_dir: str = "data"
     seed: int = 1  # decides initialisation and every draw of training data, not the evaluation's
     device: str = "auto"  # 'auto' takes cuda, else mps, else cpu
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; weights stay float32
+    dtype: str = "float32"  # or 'bfloat16': of the products; weights stay float32
     compile: bool = False  # torch.compile: minutes of waiting, then faster steps
     # the model; a checkpoint's shape rules
     block_size: int = 256  # tokens of a row
@@ -60,8 +58,8 @@ class Config:
     n_head: int = 4
     n_embd: int = 128
     bias: bool = False  # biases in linear layers and layer norms, as GPT-2 has them
-    # the tasks: rows from anywhere, of one domain, or consecutive rows of one domain
-    tasks: Literal["mixed", "domain", "passage"] = "mixed"
+    # 'mixed', rows from anywhere; of one 'domain'; or a 'passage', consecutive rows of one domain
+    tasks: str = "mixed"
     batch_size: int = 16  # rows of a task, cut into inner_steps + 1 chunks
     tasks_per_step: int = 8  # the meta-batch; the processes share it out
     max_steps: int = 1000  # plain_steps included
@@ -92,9 +90,9 @@ class Config:
     eval_rows: int = 32  # consecutive rows of such a passage
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            least = 1 if name in AT_LEAST_1 else 0
-            if type(value) in (int, float) and not least <= value < 1e30:
+        for name, kind in self.__annotations__.items():
+            value, least = getattr(self, name), int(kind is int and name not in MAY_BE_0)
+            if kind in (int, float) and not least <= value < 1e30:
                 raise ValueError(f"{name}={value} must be finite and at least {least}")
         if self.batch_size % (n := self.inner_steps + 1):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
@@ -129,15 +127,19 @@ def train(given: dict):
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32
 
     # the model: out_dir's, another checkpoint's, or a new one
-    ckpt, model = {}, None
+    ckpt, model, rates = {}, None, {}
     resumed = cfg.resume and (out / "ckpt.pt").exists()
     if resumed or cfg.init_from != "scratch":
         source = out / "ckpt.pt" if resumed else cfg.init_from
         ckpt, model = run.load_checkpoint(source, None if resumed else given.get("block_size"))
-        shape = {name: getattr(model.config, name) for name in SHAPE}
-        if wrong := {k: v for k, v in shape.items() if given.get(k, v) != v}:
-            raise ValueError(f"the checkpoint has the shape {wrong}: leave these fields out")
-        cfg = replace(cfg, **shape)
+        fields = {name: getattr(model.config, name) for name in SHAPE}
+        learns = cfg.inner_steps and cfg.learn_inner_lr != "no"
+        same = cfg.inner_optimizer == ckpt.get("inner", {}).get("inner_optimizer")
+        if rates := ckpt["learner"] if learns and same else {}:  # of its own inner optimizer alone
+            fields["inner_lr"] = ckpt["inner"]["inner_lr"]  # the centre of their bound
+        if wrong := {k: v for k, v in fields.items() if given.get(k, v) != v}:
+            raise ValueError(f"the checkpoint has {wrong}: leave these fields out")
+        cfg = replace(cfg, **fields)
     plain_cfg = plainly(cfg)
     data = make_dataset(cfg)
     plain_data = make_dataset(plain_cfg) if cfg.plain_steps else data
@@ -149,21 +151,13 @@ def train(given: dict):
         raise ValueError(f"{data.root} has other tokens than the checkpoint: prepare it alike")
 
     # learner and optimizer
-    learns = cfg.inner_steps and cfg.learn_inner_lr != "no"
-    same = cfg.inner_optimizer == ckpt.get("inner", {}).get("inner_optimizer")
-    if rates := ckpt["learner"] if learns and same else {}:  # of its own inner optimizer alone
-        began_at = ckpt["inner"]["inner_lr"]  # the centre of their bound
-        if given.get("inner_lr", began_at) != began_at:
-            raise ValueError(f"the checkpoint's rates began at {began_at}: leave inner_lr out")
-        cfg = replace(cfg, inner_lr=began_at)
     inner = {name: getattr(cfg, name) for name in INNER}
-    compute = dict(compile=cfg.compile, autocast=DTYPES[cfg.dtype])
+    compute = dict(compile=cfg.compile, autocast=choose(DTYPES, cfg.dtype))
     learner = MAML(model, **inner, **compute).to(device)
     plain_learner = MAML(model, inner_steps=0, **compute)
     optimizer = make_optimizer(cfg, learner)
     at = {key: ckpt.get(key, NEW[key]) for key in NEW}  # costs add up over init_from
-    if rates:
-        run.load_rates(learner, rates)
+    run.load_rates(learner, rates)
     if resumed:
         check_same_run(ckpt, cfg, data)
         groups = optimizer.state_dict()["param_groups"]  # the rates that are asked for now
@@ -201,12 +195,11 @@ def train(given: dict):
             losses = evaluate(learner, val, watched, rows, rank, world_size)
             check_finite(step, sum(losses["loss"].values()))  # 'online' is only watched
         if rank == 0 and (evaluated or stop):
+            learned = {k: v for k, v in learner.state_dict().items() if k == "log_inner_lr"}
             ckpt = {"model": model.state_dict(), "model_args": asdict(model.config)}
-            learned = learner.log_inner_lr
-            ckpt |= {"learner": {} if learned is None else {"log_inner_lr": learned.detach()}}
-            ckpt |= {"inner": inner | {"rows": rows}}  # what reads a text with it
-            ckpt |= {"optimizer": optimizer.state_dict(), "config": header["config"]}
-            ckpt |= {"dataset": header["dataset"], **at}
+            ckpt |= {"learner": learned, "inner": inner | {"rows": rows}}  # what reads a text
+            ckpt |= {"optimizer": optimizer.state_dict(), **at}
+            ckpt |= {key: header[key] for key in ("config", "dataset")}
             run.write_whole(out / "ckpt.pt", partial(torch.save, ckpt))
         if rank == 0 and evaluated:
             run.append_row(out, {"kind": "val", **at, **losses, **rates_moved(learner)})
@@ -395,14 +388,11 @@ def make_header(cfg: Config, data: Dataset, model: GPT, device, world_size, ckpt
     # No text that the checkpoint was trained on may count as unseen.
     trained = {h for shards in data.trained.values() for h in shards.values()}
     trained |= {*ckpt.get("dataset", {}).get("trained", [])}
-    tokens, flops = cost_of_step(cfg, model)
     return {
         "kind": "run",
         **run.where_and_how(device, world_size),
         "config": asdict(cfg),
         "params": sum(p.numel() for p in model.parameters()),
-        "tokens_per_step": tokens,
-        "flops_per_step": flops,
         "dataset": dict(name=cfg.dataset, tokenizer=data.meta["tokenizer"], roles=data.roles)
         | dict(sha256=data.sha256, trained=sorted(trained)),
     }
