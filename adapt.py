@@ -181,7 +181,7 @@ def adapt(args):
         else:
             options[rule] = untuned(rule, model)
             guessed.append(rule)
-            print(f"{rule} is not tuned: adapt a run to tune domains first, for --options_from")
+            print(f"{rule} is not tuned: adapt a run to tune domains first (--options_from RUN)")
     curves, found = {name: {} for name in passages}, {}  # {name: {rule: (R,)}}
     weights = hash_of(p.cpu().numpy().tobytes() for p in model.state_dict().values())
     steps = {rule: options[rule].get("steps", 1) for rule in rules}

@@ -18,8 +18,11 @@ from matplotlib.ticker import EngFormatter
 
 WORDS = {"none": "no learning", "adamw": "tuned AdamW", "dynamic": "dynamic evaluation"}
 WORDS |= {"own": "its own inner loop", "safe": "safe mixture"}
+WORDS |= {"adamw_once": "AdamW, one step a row", "momentum": "SGD with momentum"}
 STYLES = {"none": "o:", "adamw": "s--", "dynamic": "D-.", "own": "*-", "safe": "^-"}
-OPPONENTS = ("adamw", "dynamic")  # rules that learn and that no outer loop has made
+STYLES |= {"adamw_once": "d--", "momentum": "v--"}
+# rules that learn and that no outer loop has made; those of results/opponents.py among them
+OPPONENTS = ("adamw", "dynamic", "adamw_once", "momentum")
 
 # --------------------------------------------------------------------------------------------------
 # logs

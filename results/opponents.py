@@ -1,9 +1,12 @@
-"""One more opponent: what entries of Parameter Golf learn with at test time.
+"""More opponents, for adapt.py's table and logs: what others learn with at test time.
 
-    python results/opponents.py out/baseline --rules momentum     # and adapt.py's other arguments
+    python results/opponents.py out/baseline --rules adamw_once momentum     # and adapt.py's flags
 
-SGD with momentum of 0.9, each row learned once or in three epochs, the first blocks frozen or not.
-The tune domains choose among these and the rate, as they do for the rules of adapt.py.
+    adamw_once  AdamW with one step on each row, which costs what a row of the recipe costs
+    momentum    SGD with momentum of 0.9, each row in one or in three epochs, the first blocks
+                frozen or not: what entries of Parameter Golf use
+
+The tune domains choose the options, as they do for the rules of adapt.py.
 """
 
 import sys
@@ -22,6 +25,9 @@ def momentum(g, m, layout):
 
 
 class Reader(adapt.Reader):
+    def adamw_once(self, **options) -> MAML:
+        return self.adamw(**options)
+
     def momentum(self, lr: float, frozen_blocks: int, **_) -> MAML:
         self.model.transformer.h[:frozen_blocks].requires_grad_(False)
         learner = MAML(self.model, 1, lr)  # which leaves out what is frozen now
@@ -31,7 +37,9 @@ class Reader(adapt.Reader):
 
 
 if __name__ == "__main__":
-    adapt.Reader, adapt.RULES = Reader, (*adapt.RULES, "momentum")
+    adapt.Reader, adapt.RULES = Reader, (*adapt.RULES, "adamw_once", "momentum")
+    adapt.START["adamw_once"] = {"lr": 1e-3, "frozen": False, "beta2": 0.95}
     adapt.START["momentum"] = {"lr": 0.01, "steps": 1, "frozen_blocks": 0}
+    adapt.CHOICES["adamw_once"] = {"frozen": (False, True), "beta2": (0.95, 0.99)}
     adapt.CHOICES["momentum"] = {"steps": (1, 3), "frozen_blocks": (0, 2)}
     adapt.main()
