@@ -1,8 +1,8 @@
 """What learning at test time is worth at several sizes of the model, a picture from logs.
 
-    python results/sizes.py results/sizes/*.jsonl results/corpus/{baseline,rates,maml}_s?.jsonl
+    python results/sizes.py results/sizes/*.jsonl
 
-A log is named after its method, and its size if there are several: baseline_0.2M_s1, maml_s2.
+A log is named after its method, its size and its seed: baseline_0.2M_s1.jsonl.
 """
 
 import argparse
