@@ -189,7 +189,7 @@ class MAML(nn.Module):
         self.log_inner_lr = None
         if (count := choose(counts, learn_inner_lr)) and inner_steps:
             self.log_inner_lr = nn.Parameter(self.constant(math.log(inner_lr)).repeat(count))
-        self.plain_loss, self.last_loss = partial(self.model_loss, {}), self.loss
+        self.last_loss = self.loss
         if compile:  # outer functions: a compiled loss in an eager grad would run uncompiled
             whole = partial(torch.compile, fullgraph=True, dynamic=False)
             self.plain_loss, self.last_loss = whole(self.plain_loss), whole(self.loss)
@@ -274,6 +274,9 @@ class MAML(nn.Module):
         kind = x.device.type
         with torch.autocast(kind, self.autocast, self.autocast is not None, cache_enabled=False):
             return functional_call(self.model, parameters, (x, y))[1]  # tied weights stay tied
+
+    def plain_loss(self, x, y):
+        return self.model_loss(dict(self.model.named_parameters()), x, y)
 
     def unfused_gradient(self, phi, x, y):
         with unfused():  # inside, since contexts outside a compiled function are not compiled
