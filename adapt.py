@@ -103,8 +103,7 @@ class Reader:
 
     def dynamic(self, lr: float, eps: float, decay: float) -> MAML:
         learner = MAML(self.model, 1, lr, learn_inner_lr="element")
-        if decay:
-            learner.direction, learner.start = partial(pulled, decay=decay), torch.zeros_like
+        learner.direction, learner.start = partial(pulled, decay=decay), torch.zeros_like
         if self.mean_square is None:
             self.mean_square = mean_square(learner, self.statistics())
         rms = self.mean_square.sqrt()

@@ -79,7 +79,9 @@ def inner_loop(learner: "MAML", theta: Tensor, log_lr: Tensor | None, chunks: li
     step is learner.step with a gradient of the caller's choice. Returns the chunks' losses, each
     before it was learned, and phi (N,) after the last.
     """
-    alpha = learner.constant(learner.inner_lr) if log_lr is None else log_lr.exp()
+    alpha = learner.constant(learner.inner_lr)
+    if log_lr is not None:
+        alpha = learner.by_element(log_lr.exp())  # (N,)
     phi, state, losses = theta, learner.start(theta), []
     for chunk, factor in zip(chunks, learner.factors(len(chunks)), strict=True):
         loss, phi, state = step(phi, factor, alpha, state, *chunk)
@@ -212,14 +214,10 @@ class MAML(nn.Module):
     # the inner loop's parts
 
     def vectors(self, parameters: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-        """theta and log alpha, (N,), this one None if inner_lr is a constant.
-
-        Of `parameters`, by name, instead of the learner's own.
-        """
+        """theta (N,), and log_inner_lr or None. parameters: to be used instead of the learner's."""
         named = dict(self.named_parameters()) | (parameters or {})
         theta = torch.cat([named[f"model.{n}"].flatten() for n in self.names])
-        log_lr = named.get("log_inner_lr")
-        return theta, None if log_lr is None else self.by_element(log_lr)
+        return theta, named.get("log_inner_lr")
 
     def by_name(self, phi: Tensor) -> dict[str, Tensor]:
         """The model's parameters, views of phi (N,)."""
@@ -313,7 +311,7 @@ class MAML(nn.Module):
         # that gradient. Less its own value, it adds nothing to the loss.
         linear = theta @ d_theta
         if log_lr is not None:
-            linear = linear + log_lr @ d_log_lr
+            linear = linear + self.by_element(log_lr) @ d_log_lr
         return total + (linear - linear.detach())
 
     def first_order_step(self, theta, d_theta, d_log_lr, phi, factor, alpha, state, x, y, weight):

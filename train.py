@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -90,10 +90,10 @@ class Config:
     eval_rows: int = 32  # consecutive rows of such a passage
 
     def __post_init__(self):
-        for name, kind in self.__annotations__.items():
-            value, least = getattr(self, name), int(kind is int and name not in MAY_BE_0)
-            if kind in (int, float) and not least <= value < 1e30:
-                raise ValueError(f"{name}={value} must be finite and at least {least}")
+        for f in fields(self):
+            value, least = getattr(self, f.name), int(f.type is int and f.name not in MAY_BE_0)
+            if f.type in (int, float) and not least <= value < 1e30:
+                raise ValueError(f"{f.name}={value} must be finite and at least {least}")
         if self.batch_size % (n := self.inner_steps + 1):
             raise ValueError(f"batch_size={self.batch_size} must be a multiple of K + 1 = {n}")
         no_rates = self.learn_inner_lr == "no" or self.inner_steps == 0
@@ -132,14 +132,14 @@ def train(given: dict):
     if resumed or cfg.init_from != "scratch":
         source = out / "ckpt.pt" if resumed else cfg.init_from
         ckpt, model = run.load_checkpoint(source, None if resumed else given.get("block_size"))
-        fields = {name: getattr(model.config, name) for name in SHAPE}
+        decided = {name: getattr(model.config, name) for name in SHAPE}
         learns = cfg.inner_steps and cfg.learn_inner_lr != "no"
         same = cfg.inner_optimizer == ckpt.get("inner", {}).get("inner_optimizer")
         if rates := ckpt["learner"] if learns and same else {}:  # of its own inner optimizer alone
-            fields["inner_lr"] = ckpt["inner"]["inner_lr"]  # the centre of their bound
-        if wrong := {k: v for k, v in fields.items() if given.get(k, v) != v}:
+            decided["inner_lr"] = ckpt["inner"]["inner_lr"]  # the centre of their bound
+        if wrong := {k: v for k, v in decided.items() if given.get(k, v) != v}:
             raise ValueError(f"the checkpoint has {wrong}: leave these fields out")
-        cfg = replace(cfg, **fields)
+        cfg = replace(cfg, **decided)
     plain_cfg = plainly(cfg)
     data = make_dataset(cfg)
     plain_data = make_dataset(plain_cfg) if cfg.plain_steps else data
@@ -195,9 +195,10 @@ def train(given: dict):
             losses = evaluate(learner, val, watched, rows, rank, world_size)
             check_finite(step, sum(losses["loss"].values()))  # 'online' is only watched
         if rank == 0 and (evaluated or stop):
-            learned = {k: v for k, v in learner.state_dict().items() if k == "log_inner_lr"}
+            learned = learner.log_inner_lr
             ckpt = {"model": model.state_dict(), "model_args": asdict(model.config)}
-            ckpt |= {"learner": learned, "inner": inner | {"rows": rows}}  # what reads a text
+            ckpt |= {"learner": {} if learned is None else {"log_inner_lr": learned.detach()}}
+            ckpt |= {"inner": inner | {"rows": rows}}  # what reads a text
             ckpt |= {"optimizer": optimizer.state_dict(), **at}
             ckpt |= {key: header[key] for key in ("config", "dataset")}
             run.write_whole(out / "ckpt.pt", partial(torch.save, ckpt))
