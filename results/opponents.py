@@ -5,10 +5,14 @@
     adamw_once  AdamW with one step on each row, which costs what a row of the recipe costs
     momentum    SGD with momentum of 0.9, each row in one or in three epochs, the first blocks
                 frozen or not: what entries of Parameter Golf use
+    dynamic_falling, own_falling
+                dynamic evaluation, or the checkpoint's own inner loop at `lr` times its rates,
+                where row j of a passage is learned at 1 / sqrt(1 + j / span) of the rate
 
 The tune domains choose the options, as they do for the rules of adapt.py.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -35,11 +39,35 @@ class Reader(adapt.Reader):
         learner.direction, learner.start = momentum, torch.zeros_like
         return learner
 
+    def dynamic_falling(self, span: int, **options) -> MAML:
+        return falling(self.dynamic(**options), span)
+
+    def own_falling(self, lr: float, span: int) -> MAML:
+        learner = self.own()
+        learner.log_inner_lr.data += math.log(lr)
+        return falling(learner, span)
+
+
+def falling(learner: MAML, span: int) -> MAML:
+    learner.factors = lambda n: learner.constant([(1 + j / span) ** -0.5 for j in range(n)])
+    return learner
+
+
+START = {
+    "adamw_once": {"lr": 1e-3, "frozen": False, "beta2": 0.95},
+    "momentum": {"lr": 0.01, "steps": 1, "frozen_blocks": 0},
+    "dynamic_falling": {"lr": 1.1e-3, "eps": 0.3, "decay": 0.0, "span": 8},
+    "own_falling": {"lr": 1.4, "span": 8},
+}
+CHOICES = {
+    "adamw_once": {"frozen": (False, True), "beta2": (0.95, 0.99)},
+    "momentum": {"steps": (1, 3), "frozen_blocks": (0, 2)},
+    "dynamic_falling": {"eps": (0.1, 0.3, 1.0), "span": (4, 8, 16)},
+    "own_falling": {"span": (4, 8, 16)},
+}
 
 if __name__ == "__main__":
-    adapt.Reader, adapt.RULES = Reader, (*adapt.RULES, "adamw_once", "momentum")
-    adapt.START["adamw_once"] = {"lr": 1e-3, "frozen": False, "beta2": 0.95}
-    adapt.START["momentum"] = {"lr": 0.01, "steps": 1, "frozen_blocks": 0}
-    adapt.CHOICES["adamw_once"] = {"frozen": (False, True), "beta2": (0.95, 0.99)}
-    adapt.CHOICES["momentum"] = {"steps": (1, 3), "frozen_blocks": (0, 2)}
+    adapt.Reader, adapt.RULES = Reader, (*adapt.RULES, *START)
+    adapt.START.update(START)
+    adapt.CHOICES.update(CHOICES)
     adapt.main()
