@@ -7,13 +7,15 @@
                 frozen or not: what entries of Parameter Golf use
     dynamic_falling, own_falling
                 dynamic evaluation, or the checkpoint's own inner loop at `lr` times its rates,
-                where row j of a passage is learned at 1 / sqrt(1 + j / span) of the rate
+                where row j of a passage is learned at 1 / sqrt(1 + j / span) of the rate; the
+                former's gradients are clipped at `clip` times their norm on train domains
 
 The tune domains choose the options, as they do for the rules of adapt.py.
 """
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,13 +41,21 @@ class Reader(adapt.Reader):
         learner.direction, learner.start = momentum, torch.zeros_like
         return learner
 
-    def dynamic_falling(self, span: int, **options) -> MAML:
-        return falling(self.dynamic(**options), span)
+    def dynamic_falling(self, clip: float, span: int, **options) -> MAML:
+        learner = self.dynamic(**options)
+        learner.direction = partial(
+            clipped, learner.direction, clip * self.mean_square.sum().sqrt()
+        )
+        return falling(learner, span)
 
     def own_falling(self, lr: float, span: int) -> MAML:
         learner = self.own()
         learner.log_inner_lr.data += math.log(lr)
         return falling(learner, span)
+
+
+def clipped(direction, most, g, state, layout):
+    return direction(g * (most / (g.norm() + 1e-12)).clamp(max=1.0), state, layout)
 
 
 def falling(learner: MAML, span: int) -> MAML:
@@ -56,13 +66,13 @@ def falling(learner: MAML, span: int) -> MAML:
 START = {
     "adamw_once": {"lr": 1e-3, "frozen": False, "beta2": 0.95},
     "momentum": {"lr": 0.01, "steps": 1, "frozen_blocks": 0},
-    "dynamic_falling": {"lr": 1.1e-3, "eps": 0.3, "decay": 0.0, "span": 8},
+    "dynamic_falling": {"lr": 1.1e-3, "eps": 0.3, "decay": 0.0, "clip": 1.0, "span": 8},
     "own_falling": {"lr": 1.4, "span": 8},
 }
 CHOICES = {
     "adamw_once": {"frozen": (False, True), "beta2": (0.95, 0.99)},
     "momentum": {"steps": (1, 3), "frozen_blocks": (0, 2)},
-    "dynamic_falling": {"eps": (0.1, 0.3, 1.0), "span": (4, 8, 16)},
+    "dynamic_falling": {"clip": (0.5, 0.7, 1.0), "span": (4, 8, 16)},
     "own_falling": {"span": (4, 8, 16)},
 }
 

@@ -62,7 +62,7 @@ def main(argv=None):
     title = f"Less {label(opponent)}: ± over seeds, ± over domains"
     print_differences(title, readings, columns, told, opponent)
     print_differences("The same by domain", readings, domains, told, opponent)
-    if ours := [key for key in judged if key[1] in ("own", "safe")]:
+    if ours := [key for key in judged if key[1] not in ("none", *OPPONENTS)]:
         print_headline(methods, readings, told, min(ours, key=judged.get), opponent)
     if few := ", ".join(label(key) for key in readings if key not in judged and key[1] != "none"):
         print(f"\nread fewer than {most} seeds or not all domains, so not to be chosen: {few}")
