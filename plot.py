@@ -19,11 +19,13 @@ from matplotlib.ticker import EngFormatter
 WORDS = {"none": "no learning", "adamw": "tuned AdamW", "dynamic": "dynamic evaluation"}
 WORDS |= {"own": "its own inner loop", "safe": "safe mixture"}
 WORDS |= {"adamw_once": "AdamW, one step a row", "momentum": "SGD with momentum"}
-WORDS |= {"dynamic_falling": "dynamic, falls, clipped", "own_falling": "its own, falls"}
+WORDS |= {"adamw_falling": "AdamW, falling rates", "own_falling": "its own, falling rates"}
+WORDS |= {"dynamic_falling": "dynamic, falling rates, clipped"}
 STYLES = {"none": "o:", "adamw": "s--", "dynamic": "D-.", "own": "*-", "safe": "^-"}
-STYLES |= {"adamw_once": "d--", "momentum": "v--", "dynamic_falling": "P-.", "own_falling": "X-"}
+STYLES |= {"adamw_once": "d--", "momentum": "v--", "adamw_falling": "x--"}
+STYLES |= {"dynamic_falling": "P-.", "own_falling": "X-"}
 # rules that learn and that no outer loop has made; those of results/opponents.py among them
-OPPONENTS = ("adamw", "dynamic", "adamw_once", "momentum", "dynamic_falling")
+OPPONENTS = ("adamw", "dynamic", "adamw_once", "momentum", "adamw_falling", "dynamic_falling")
 
 # --------------------------------------------------------------------------------------------------
 # logs

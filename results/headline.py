@@ -44,7 +44,7 @@ def main(argv=None):
     for key, seeds in logs.items():
         logs[key] = {s: read for s, read in seeds.items() if {*tune, *told} <= read.keys()}
     most, chosen = max(map(len, logs.values())), []
-    opponents = ("adamw", "dynamic", "adamw_once", "momentum", "dynamic_falling")
+    opponents = ("adamw", "dynamic", "adamw_once", "momentum", "adamw_falling", "dynamic_falling")
     for rules in (("own", "safe", "own_falling"), opponents):
         rows = [key for key in logs if key[2] in rules and len(logs[key]) == most]
         chosen.append(min(rows, key=lambda row: fmean(loss(r, tune) for r in logs[row].values())))
