@@ -4,8 +4,8 @@
 
 Prints the mean difference on all domains but tune in nats per token (here a byte), half of its 95%
 interval over seeds and over domains, and how many times fewer training tokens come to the
-opponent's loss. A domain where one of both has no finite loss is left out, and named. Fails if
-one of these figures is not as expected.
+opponent's loss. A domain where one of both has no finite loss is left out, and named, and so is
+one of --without. Fails if one of these figures is not as expected.
 """
 
 import argparse
@@ -23,6 +23,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("logs", nargs="+")
     parser.add_argument("--expect", nargs="+", type=float, default=[])
+    parser.add_argument("--without", nargs="+", default=[], help="domains")
     args = parser.parse_args(argv)
     logs = {}  # {(method, series, rule): {seed: {domain: (loss, training tokens)}}}
     for path in args.logs:
@@ -36,7 +37,7 @@ def main(argv=None):
             read = seeds.setdefault(header["config"]["seed"], {})
             read[row["domain"]] = fmean(row["loss"]), row["tokens"]
     met = {domain for seeds in logs.values() for read in seeds.values() for domain in read}
-    tune, told = sorted(TUNE & met), sorted(TOLD & met)
+    tune, told = sorted(TUNE & met), sorted(TOLD & met - {*args.without})
 
     def loss(read, domains):
         return fmean(read[domain][0] for domain in domains)
@@ -54,6 +55,7 @@ def main(argv=None):
     told = [domain for domain in told if domain not in failed]
     if failed:
         print("left out, as a loss is not finite:", *sorted(failed))
+    print(f"{len(told)} domains:", *told)
     gaps = [[ours[s][d][0] - theirs[s][d][0] for d in told] for s in seeds]
     for s in seeds:
         runs = [logs[key][s] for key in logs if key[1:] == chosen[0][1:] and s in logs[key]]
