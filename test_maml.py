@@ -1942,7 +1942,7 @@ def test_logs_of_earlier_editions_are_plotted_and_tabled(tmp_path):
     text = printed(plot.main, *logs, f"--output={tmp_path}/curves.png")
     assert "baseline, tuned AdamW" in text and "recipe, its own inner loop" in text
     text = execute(HERE / "results/tables.py", *logs).stdout
-    assert "headline: recipe, its own inner loop, less baseline, dynamic evaluation" in text
+    assert "headline: recipe, its own, falling rates, less baseline, dynamic" in text
 
 
 def test_logs_beyond_repair_are_refused_and_a_cut_last_line_is_left_out(tmp_path):
