@@ -62,8 +62,7 @@ def clipped(direction, most, g, state, layout):
 
 
 def falling(learner: MAML, span: int, steps: int = 1) -> MAML:
-    rows = [(1 + j / span) ** -0.5 for j in range(10_000) for _ in range(steps)]
-    learner.factors = lambda n: learner.constant(rows[:n])
+    learner.factors = lambda n: learner.constant([(1 + j // steps / span) ** -0.5 for j in range(n)])
     return learner
 
 
