@@ -62,7 +62,10 @@ def clipped(direction, most, g, state, layout):
 
 
 def falling(learner: MAML, span: int, steps: int = 1) -> MAML:
-    learner.factors = lambda n: learner.constant([(1 + j // steps / span) ** -0.5 for j in range(n)])
+    def factors(n):
+        return learner.constant([(1 + j // steps / span) ** -0.5 for j in range(n)])
+
+    learner.factors = factors
     return learner
 
 
